@@ -1,0 +1,42 @@
+# The only requirement is Python >= 3.11: `make setup PYTHON=/path/to/python3.11` picks another one than python3.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# Waiting OpenMP threads sleep: on shared cores spinning ones slow everything down by far more than they gain.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: setup demo test test-gpu format lint types docs
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make setup: $(PYTHON) must be Python >= 3.11; choose one with make setup PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+demo: setup
+	$(BIN)/python tools/demo.py
+
+test: setup lint types
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+format: setup
+	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m pretrain.config.docs

@@ -1,0 +1,84 @@
+"""The command line of a training run. Torch is imported only when training starts."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pretrain.config.checks import warnings
+from pretrain.config.load import config_text, load_config
+from pretrain.config.schema import Config
+from pretrain.errors import InputError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, instead of the usage and then the message."""
+        raise InputError(f"command line: {message} (python -m pretrain --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the process's exit status. Wrong input: one line on stderr and 2."""
+    try:
+        return _run(_parse(arguments))
+    except InputError as error:
+        print("pretrain:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("pretrain: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
+    cfg = load_config(_existing(options.config), options.overrides)
+    if options.print_config:
+        print(config_text(cfg), end="")
+        return 0
+    for line in warnings(cfg):
+        print(f"pretrain: warning: {line}", file=sys.stderr)
+    return _train(cfg)
+
+
+def _train(cfg: Config) -> int:
+    # OpenMP reads this when torch loads it. Threads that spin while they wait for one that the machine has
+    # descheduled slow a CPU run down by up to ten times on shared cores; threads that sleep cost a few percent.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from pretrain import train  # torch takes seconds to import
+
+    return train.main(cfg)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand before, between and after the overrides."""
+    parser = _Parser(
+        prog="python -m pretrain",
+        description="Pretrain a vision transformer; a run whose folder exists is continued.",
+        epilog="Every setting is listed in docs/configuration.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, for example configs/demo.yaml")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="settings to change, such as optim.lr=0.001",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the complete config and stop")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _existing(name: str) -> Path:
+    """The config file; a name that does not exist is answered with the config that it resembles."""
+    path = Path(name)
+    if path.exists():
+        return path
+    known = {config.stem: str(config) for config in sorted(Path("configs").glob("*.yaml"))}
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    raise InputError(f"{path}: no such file" + (f"; did you mean {known[near[0]]}?" if near else ""))

@@ -1,0 +1,99 @@
+"""The numbers that each setting may hold on its own. No torch."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pretrain.config.keys import settings
+from pretrain.config.schema import Config
+
+
+class Bound(NamedTuple):
+    """A condition on numbers, and the keys (separated by spaces) that must meet it."""
+
+    text: str
+    holds: Callable[[float], bool]
+    keys: str
+
+
+BOUNDS = (
+    Bound(
+        "at least 1",
+        lambda value: value >= 1,
+        """
+        run.steps model.embed_dim model.depth model.num_heads model.patch_size model.img_size
+        model.in_channels dino_head.hidden_dim dino_head.bottleneck_dim dino_head.num_layers
+        ibot_head.hidden_dim ibot_head.bottleneck_dim ibot_head.num_layers loss.sinkhorn_iterations
+        data.open_shards data.group_size data.prefetch data.global_crops.size data.local_crops.size
+        data.local_crops.number mask.min_patches optim.global_batch_size engine.accumulation_steps
+        checkpoint.every checkpoint.keep checkpoint.export_every log.every log.knn.k log.knn.resize
+        log.knn.crop log.knn.batch_size
+        """,
+    ),
+    Bound("at least 2", lambda value: value >= 2, "dino_head.prototypes ibot_head.prototypes rmlp.outputs"),
+    Bound(
+        "0 or more",
+        lambda value: value >= 0,
+        """
+        run.seed model.num_register_tokens model.pos_embed_offset rmlp.amplitude rmlp.resample_every
+        rmlp.start_step loss.dino_weight loss.ibot_weight loss.koleo_weight teacher.temp_warmup_steps
+        data.workers data.augment.brightness data.augment.contrast data.augment.saturation optim.min_lr
+        optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
+        optim.clip_grad_norm optim.freeze_last_layer_steps checkpoint.keep_every log.knn.every
+        """,
+    ),
+    Bound(
+        "above 0",
+        lambda value: value > 0,
+        """
+        model.ffn_ratio model.layer_scale loss.student_temp teacher.warmup_temp teacher.temp optim.lr
+        log.knn.temperature
+        """,
+    ),
+    Bound(
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        """
+        loss.center_momentum teacher.momentum teacher.final_momentum mask.probability
+        data.augment.flip_probability data.augment.jitter_probability data.augment.grayscale_probability
+        data.augment.solarize_probability
+        """,
+    ),
+    Bound(
+        "at least 0 and below 1", lambda value: 0 <= value < 1, "model.drop_path_rate optim.beta1 optim.beta2"
+    ),
+    Bound("above 0 and at most 1", lambda value: 0 < value <= 1, "optim.layerwise_decay mask.min_aspect"),
+    Bound("between 0 and 0.5", lambda value: 0 <= value <= 0.5, "data.augment.hue"),
+)
+
+RANGES = ("data.global_crops.scale", "data.local_crops.scale", "mask.ratio")
+
+
+def check_bounds(cfg: Config) -> None:
+    """Refuse numbers that are out of bounds whatever the other settings are.
+
+    Raises:
+        ValueError: `section.key: must be ..., got ...`.
+    """
+    values = settings(cfg)
+    for key, value in values.items():
+        if not all(math.isfinite(item) for item in numbers(value)):
+            raise ValueError(f"{key}: must be finite, got {value}")
+    for bound in BOUNDS:
+        for key in bound.keys.split():
+            if not all(bound.holds(number) for number in numbers(values[key])):
+                raise ValueError(f"{key}: must be {bound.text}, got {values[key]}")
+    for key in RANGES:
+        if not _is_range(values[key]):
+            wanted = "[smallest, largest] with 0 < smallest <= largest <= 1"
+            raise ValueError(f"{key}: must be {wanted}, got {values[key]}")
+
+
+def numbers(value: object) -> list[float]:
+    """The numbers in a setting: itself or its items; none in a text, a switch or null."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, int | float) and not isinstance(item, bool)]
+
+
+def _is_range(value: list[float]) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1] <= 1

@@ -1,0 +1,82 @@
+"""Values that follow from the configuration: functions, so that nothing mutates it. No torch."""
+
+import math
+from typing import NamedTuple
+
+from pretrain.config.schema import Config, HeadConfig, IbotHeadConfig, ModelConfig, OptimConfig
+from pretrain.errors import InputError
+
+ARCHITECTURES = {  # (embed_dim, depth, num_heads), DINOv2's names and numbers
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+    "vit_giant2": (1536, 40, 24),
+}
+
+
+class VitShape(NamedTuple):
+    """Width, depth and number of attention heads of a backbone."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+def vit_shape(model: ModelConfig) -> VitShape:
+    """The backbone's shape: from the named architecture, or from the fields of arch=custom."""
+    if model.arch == "custom":
+        return VitShape(model.embed_dim or 0, model.depth or 0, model.num_heads or 0)
+    return VitShape(*ARCHITECTURES[model.arch])
+
+
+def ffn_hidden_dim(model: ModelConfig) -> int:
+    """Hidden width of the feed-forward layer; SwiGLU takes 2/3 of it, rounded up to a multiple of 8."""
+    hidden = int(vit_shape(model).embed_dim * model.ffn_ratio)
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if model.ffn_layer == "swiglu" else hidden
+
+
+def drop_path_rates(model: ModelConfig) -> tuple[float, ...]:
+    """Drop-path rate of each block."""
+    depth = vit_shape(model).depth
+    if model.drop_path_uniform or depth == 1:
+        return (model.drop_path_rate,) * depth
+    return tuple(model.drop_path_rate * i / (depth - 1) for i in range(depth))
+
+
+def kept_rows(rate: float, count: int) -> int:
+    """Of `count` sequences, how many keep a residual branch under a drop-path rate (DINOv2's rounding)."""
+    return max(int(count * (1 - rate)), 1)
+
+
+def peak_lr(optim: OptimConfig) -> float:
+    """Learning rate at the end of the warm-up, after batch-size scaling."""
+    if optim.lr_scaling == "none":
+        return optim.lr
+    return optim.lr * math.sqrt(optim.global_batch_size / 1024)
+
+
+def micro_batch_size(cfg: Config, world_size: int) -> int:
+    """Images in one forward on one device: whole groups.
+
+    Raises:
+        InputError: the global batch does not divide over devices, accumulation and groups.
+    """
+    parts = world_size * cfg.engine.accumulation_steps
+    size, rest = divmod(cfg.optim.global_batch_size, parts)
+    if rest or size % cfg.data.group_size:
+        raise InputError(
+            f"optim.global_batch_size={cfg.optim.global_batch_size} over {world_size} device(s) x "
+            f"engine.accumulation_steps={cfg.engine.accumulation_steps} must be whole groups of "
+            f"data.group_size={cfg.data.group_size} images"
+        )
+    return size
+
+
+def ibot_head(cfg: Config) -> HeadConfig | IbotHeadConfig:
+    """The section that describes the head of the masked-patch loss."""
+    return cfg.dino_head if cfg.ibot_head.shared else cfg.ibot_head
+
+
+def uses_rmlp(cfg: Config) -> bool:
+    """Whether any head is randomized."""
+    return "rmlp" in (cfg.dino_head.kind, ibot_head(cfg).kind)

@@ -1,0 +1,237 @@
+"""From YAML files and `key=value` overrides to a checked `Config`, and back to YAML. No torch.
+
+Sources are merged one at a time, base files first, so that an error names the file it comes from.
+"""
+
+import difflib
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.config import checks
+from pretrain.config.keys import flatten, settings
+from pretrain.config.schema import Config
+from pretrain.errors import InputError
+
+COMMAND_LINE = "command line"
+OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)=(?P<value>.*)", re.DOTALL)
+
+
+class ConfigError(InputError):
+    """A config or override that cannot be used: `source: section.key: what is wrong`."""
+
+
+class Source(NamedTuple):
+    """Settings of one file or one override."""
+
+    name: str
+    values: DictConfig
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a YAML file, its `base:` files and `key=value` overrides.
+
+    Raises:
+        ConfigError: with one line that names the file (or the command line), the key and the fault.
+    """
+    sources = [*_read_files(Path(path)), *(_read_override(text) for text in overrides)]
+    cfg = _resolve(_merge(sources), sources)
+    try:
+        checks.check(cfg)
+    except ValueError as error:
+        raise _blame(str(error), sources) from error
+    return cfg
+
+
+def config_text(cfg: Config) -> str:
+    """The complete config as YAML, itself a valid config."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(asdict(cfg))))
+
+
+def save_config(cfg: Config, path: str | Path) -> None:
+    """Write `config_text` in one step: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(config_text(cfg))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def diff_configs(old: Config, new: Config) -> list[str]:
+    """One line per setting that differs: `optim.lr: 0.001 -> 0.002`."""
+    before, after = settings(old), settings(new)
+    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+
+
+def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> list[Source]:
+    """The sources of a file: its bases in order, each after its own bases, then the file."""
+    if path.resolve() in [link.resolve() for link in chain]:
+        raise ConfigError(f"{chain[0]}: base: goes in a circle: {' -> '.join(map(str, (*chain, path)))}")
+    content = _read_yaml(path, asked_by=chain[-1] if chain else None)
+    bases = _base_paths(content.pop("base", []), path)
+    sources = [source for base in bases for source in _read_files(base, (*chain, path))]
+    return [*sources, _source(str(path), content)]
+
+
+def _base_paths(base: object, path: Path) -> list[Path]:
+    """The files named by `base:`, relative to the file that names them."""
+    names = [base] if isinstance(base, str) else base
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: base: needs a file name or a list of file names")
+    return [Path(os.path.normpath(path.parent / name)) for name in names]
+
+
+def _read_yaml(path: Path, asked_by: Path | None) -> dict[Any, Any]:
+    """A file's YAML as a dictionary, interpolations unresolved."""
+    try:
+        content = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {_line(error)}{_yaml_fault(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file: {error.reason} at byte {error.start}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_fault(error)}") from error
+    except OSError as error:
+        raise _unreadable(path, error, asked_by) from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}: must hold `section:` mappings, not a list")
+    return cast(dict[Any, Any], OmegaConf.to_container(content, resolve=False))
+
+
+def _unreadable(path: Path, error: OSError, asked_by: Path | None) -> ConfigError:
+    """A file that cannot be read; without an errno it is OmegaConf's complaint about a bare value."""
+    fault = f"{error.strerror}" if error.errno else "must hold `section:` mappings, not a single value"
+    return ConfigError(f"{asked_by}: base: {path}: {fault}" if asked_by else f"{path}: {fault}")
+
+
+def _read_override(text: str) -> Source:
+    """One `key=value` of the command line; the value is YAML, and nothing after `=` is empty text."""
+    match = OVERRIDE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not key=value (for example optim.lr=0.001)")
+    key, value = match["key"], match["value"]
+    try:
+        values = OmegaConf.from_dotlist([text if value else f"{key}=''"])
+    except yaml.YAMLError as error:
+        hint = '; quote items that hold braces: ["/d/{000..099}.tar"]' if "{" in value else ""
+        raise ConfigError(f"{COMMAND_LINE}: {key}: {_yaml_fault(error)}{hint}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{COMMAND_LINE}: {key}: {_first_line(error)}") from error
+    return _source(COMMAND_LINE, cast(dict[Any, Any], OmegaConf.to_container(values, resolve=False)))
+
+
+def _source(name: str, content: dict[Any, Any]) -> Source:
+    """Settings whose keys all exist in the schema."""
+    try:
+        return Source(name, OmegaConf.create(_fit(content, Config)))
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def _fit(content: Mapping[Any, Any], section: type, prefix: str = "") -> dict[str, Any]:
+    """`content` with a lone value for a list made a list; refuses keys and shapes unknown to `section`."""
+    hints = get_type_hints(section)
+    for name in content:
+        if name not in hints:
+            raise ValueError(f"{prefix}{name}: no such key{_suggest(str(name), hints, prefix)}")
+    return {name: _fit_value(value, hints[name], f"{prefix}{name}") for name, value in content.items()}
+
+
+def _fit_value(value: Any, kind: Any, key: str) -> Any:
+    """One setting in the shape of its type; scalars are left to OmegaConf."""
+    if isinstance(value, str) and "${" in value:
+        return value  # resolved when all sources are merged
+    if value == "???":  # OmegaConf would drop it without a word
+        raise ValueError(f"{key}: ??? stands for a missing value; give one")
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            known = ", ".join(get_type_hints(kind))
+            raise ValueError(f"{key}: is a section with the keys {known}; got {value!r}")
+        return _fit(value, cast(type, kind), f"{key}.")
+    if get_origin(kind) is list:
+        return _fit_list(value, key)
+    if isinstance(value, Mapping | list):
+        raise ValueError(f"{key}: needs one value, got {value!r}")
+    return value
+
+
+def _fit_list(value: Any, key: str) -> list[Any]:
+    """A list, or one value as a list of one."""
+    if value is None or isinstance(value, Mapping):
+        raise ValueError(f"{key}: needs a list, for example [a, b]; got {value!r}")
+    return value if isinstance(value, list) else [value]
+
+
+def _suggest(name: str, known: Mapping[str, Any], prefix: str) -> str:
+    """What the user may have meant by a key: a near name in the section, or the same name in another."""
+    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, known, n=1)]
+    near = near or [key for key in settings(Config()) if key.rpartition(".")[2] == name]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(known)}"
+
+
+def _merge(sources: Sequence[Source]) -> DictConfig:
+    """The schema's defaults with each source laid over them in turn."""
+    merged = OmegaConf.structured(Config)
+    for source in sources:
+        try:
+            merged = OmegaConf.merge(merged, source.values)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source.name}: {_fault(error)}") from error
+    return cast(DictConfig, merged)
+
+
+def _resolve(merged: DictConfig, sources: Sequence[Source]) -> Config:
+    """Frozen dataclasses, interpolations replaced by their values."""
+    try:
+        return cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise _blame(_fault(error), sources) from error
+
+
+def _blame(fault: str, sources: Sequence[Source]) -> ConfigError:
+    """A fault found after merging, with the last source that set its key (else the config file itself)."""
+    key = re.split(r"[:\[\s]", fault, maxsplit=1)[0]
+    files = [source.name for source in sources if source.name != COMMAND_LINE]
+    setters = [source.name for source in sources if key in dict(flatten(_plain(source.values)))]
+    return ConfigError(f"{(setters or files)[-1]}: {fault}")
+
+
+def _plain(values: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(values, resolve=False))
+
+
+def _fault(error: OmegaConfBaseException) -> str:
+    """OmegaConf's message in one line, after the full key."""
+    return f"{error.full_key}: {_first_line(error)}" if error.full_key else _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: " if mark is not None else ""
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    return f"not valid YAML: {' '.join(str(getattr(error, 'problem', None) or error).split())}"
+
+
+def _escape(value: Any) -> Any:
+    """Plain text kept plain: `${` would be read as an interpolation."""
+    if isinstance(value, dict):
+        return {name: _escape(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escape(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

@@ -1,0 +1,249 @@
+"""Every setting of a run: frozen dataclasses, no torch, one comment with unit and origin per field.
+
+Defaults are DINOv2's short recipe (ViT-L/16, ImageNet-1k, batch 2048, 125,000 steps) unless a comment says
+otherwise. Time is counted in optimizer steps only. Sections by intent: science (model, method, heads, rmlp,
+loss, teacher, data, mask, optim), efficiency (engine), orchestration (run, checkpoint, log).
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Architecture = Literal["vit_small", "vit_base", "vit_large", "vit_giant2", "custom"]
+HeadKind = Literal["mlp", "rmlp"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how long it lasts."""
+
+    dir: str = "runs/default"  # folder of config, metrics, checkpoints and exports; continued when it exists
+    steps: int = 125_000  # optimizer steps (DINOv2 short: 100 "epochs" of 1,250)
+    seed: int = 0  # every random draw is a function of (seed, purpose, position or step)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The ViT backbone. `arch` gives width, depth and heads; `custom` reads the three fields below it."""
+
+    arch: Architecture = "vit_large"  # width x blocks: 384 x 12, 768 x 12, 1024 x 24, 1536 x 40
+    embed_dim: int | None = None  # D; only with arch=custom
+    depth: int | None = None  # blocks; only with arch=custom
+    num_heads: int | None = None  # only with arch=custom
+    patch_size: int = 16  # pixels
+    img_size: int = 224  # pixels; sets the learned position grid (img_size / patch_size squared)
+    in_channels: int = 3  # RGB; other numbers are refused
+    num_register_tokens: int = 0  # 4 in the released "reg" models
+    ffn_layer: Literal["mlp", "swiglu"] = "mlp"  # swiglu = DINOv2's swiglufused
+    ffn_ratio: float = 4.0  # hidden width / D, before SwiGLU's 2/3
+    layer_scale: float | None = 1e-5  # initial LayerScale; null = no LayerScale
+    drop_path_rate: float = 0.3  # share of images whose residual branch is skipped (DINOv2 long: 0.4)
+    drop_path_uniform: bool = True  # the same rate in every block; false = linear from 0 to the rate
+    pos_embed_antialias: bool = False  # true in the released register models
+    pos_embed_offset: float = 0.1  # grid-size offset of interpolation; 0.0 in the released register models
+    attention: Literal["auto", "sdpa", "math"] = "auto"  # auto: math on CPU in bf16, sdpa elsewhere
+    init_from: str = ""  # an export (.safetensors) to start the backbone from; empty = random weights
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The self-supervised method."""
+
+    kind: Literal["dinov2"] = "dinov2"  # DINO + iBOT + KoLeo
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """A projection head: `mlp` is DINOv2's trainable one, `rmlp` the parameter-free one of section `rmlp`."""
+
+    kind: HeadKind = "mlp"  # rmlp: see section rmlp
+    prototypes: int = 65_536  # K (DINOv2 long: 131,072)
+    hidden_dim: int = 2_048  # width of the hidden layers
+    bottleneck_dim: int = 256  # DINOv2 long: 384 for DINO, 256 for iBOT
+    num_layers: int = 3  # linear layers before the prototypes
+
+
+@dataclass(frozen=True)
+class IbotHeadConfig(HeadConfig):
+    """The head of the masked-patch loss."""
+
+    shared: bool = True  # use dino_head for patches too, and none of the keys here (DINOv2 long: false)
+
+
+@dataclass(frozen=True)
+class RmlpConfig:
+    """Randomized-MLP heads (arXiv 2511.05509): one section for both heads, because a draw can be shared."""
+
+    outputs: int = 4_096  # K; the paper's (2D//3)^2 is 65,536 for ViT-S; the first 2D//3 carry the mass
+    amplitude: float = 5.0  # a in W = I + (a / fan_out) G; the paper's R_5-MLP
+    identity: bool = True  # the rectangular identity; without it student and teacher must share a draw
+    resample_every: int = 1  # steps between draws; 0 = one draw for the whole run
+    share_student_teacher: bool = False  # one draw for both branches (paper: no)
+    share_dino_ibot: bool = False  # one draw for both losses (paper: no)
+    start_step: int = 0  # trainable MLP heads before this step, RMLP from it on
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss weights, temperature of the student, and how teacher outputs become targets."""
+
+    dino_weight: float = 1.0  # class-token loss
+    ibot_weight: float = 1.0  # optimised weight; DINOv2 logs half of this term
+    koleo_weight: float = 0.1  # times the sum over the two global crops
+    student_temp: float = 0.1  # constant
+    centering: Literal["softmax", "sinkhorn"] = "softmax"  # DINOv2 long: sinkhorn
+    center_momentum: float = 0.9  # of the softmax centre
+    sinkhorn_iterations: int = 3  # with centering=sinkhorn
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The EMA teacher."""
+
+    momentum: float = 0.992  # cosine from here (DINOv2 long: 0.994)
+    final_momentum: float = 1.0  # to here
+    warmup_temp: float = 0.04  # linear from here
+    temp: float = 0.07  # to here
+    temp_warmup_steps: int = 37_500  # 30 "epochs" of 1,250
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """One kind of random resized crop."""
+
+    size: int = 224  # pixels, square
+    scale: list[float] = field(default_factory=lambda: [0.32, 1.0])  # share of the image: smallest, largest
+
+
+@dataclass(frozen=True)
+class LocalCropConfig(CropConfig):
+    """The local crops: only the student sees them."""
+
+    size: int = 96  # pixels; 98 for patch size 14
+    scale: list[float] = field(default_factory=lambda: [0.05, 0.32])  # likewise
+    number: int = 8  # per image
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Flip and colour augmentation of each crop (DINOv2's values)."""
+
+    flip_probability: float = 0.5  # horizontal
+    jitter_probability: float = 0.8  # of the four colour changes below, together, in random order
+    brightness: float = 0.4  # factor drawn from 1 - this to 1 + this
+    contrast: float = 0.4  # factor, likewise
+    saturation: float = 0.2  # factor, likewise
+    hue: float = 0.1  # shift drawn from -this to this, in turns of the colour circle
+    grayscale_probability: float = 0.2  # of each crop
+    blur: Literal["released", "paper", "none"] = "released"  # probability for global crop 1 / 2 / local:
+    # released 0.0 / 0.9 / 0.5, as the published models were trained; paper 1.0 / 0.1 / 0.5, as the papers say
+    solarize_probability: float = 0.2  # of the second global crop
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, in which order, and what is cut from each image."""
+
+    shards: list[str] = field(default_factory=lambda: ["data/train-*.tar"])  # paths, globs or brace patterns
+    shuffle: Literal["block", "full", "none"] = "block"  # block: shards permuted, open_shards mixed
+    open_shards: int = 16  # shards whose samples are mixed by shuffle=block
+    group_size: int = 64  # images sharing mask budget, KoLeo neighbours, drop-path subset (DINOv2: a GPU's)
+    workers: int = 8  # processes that decode and augment; 0 = in the training process
+    prefetch: int = 2  # micro-batches in flight per worker
+    global_crops: CropConfig = field(default_factory=CropConfig)  # two per image; the teacher sees these
+    local_crops: LocalCropConfig = field(default_factory=LocalCropConfig)  # only the student sees these
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])  # per channel, of pixel / 255
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])  # likewise (both ImageNet's)
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """DINOv2's block masking of the student's global crops."""
+
+    probability: float = 0.5  # share of global crops that get a mask
+    ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # smallest, largest masked share
+    min_patches: int = 4  # smallest block
+    min_aspect: float = 0.3  # blocks are between this and its inverse, height / width
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedules and its parameter groups."""
+
+    global_batch_size: int = 2_048  # images per optimizer step, over all devices (DINOv2 long: 3,072)
+    lr: float = 0.004  # before scaling; peak_lr(optim) is what is used (DINOv2 long: 2e-4)
+    lr_scaling: Literal["sqrt_1024", "none"] = "sqrt_1024"  # lr * sqrt(global_batch_size / 1024)
+    min_lr: float = 1e-6  # end of the cosine; not scaled with the batch
+    warmup_steps: int = 12_500  # linear from 0 (DINOv2 long: 100,000)
+    weight_decay: float = 0.04  # cosine from here
+    weight_decay_end: float = 0.4  # to here (DINOv2 long: 0.2)
+    beta1: float = 0.9  # AdamW's decay of the first moment
+    beta2: float = 0.999  # of the second moment; maintainers' hint for small models: 0.99
+    layerwise_decay: float = 0.9  # lr factor per block from the top down (DINOv2 long: 1.0)
+    patch_embed_lr_mult: float = 0.2  # lr factor of the patch embedding, on top of the layerwise one
+    clip_grad_norm: float = 3.0  # per sub-module (backbone, each head); 0 = off
+    freeze_last_layer_steps: int = 1_250  # the prototypes' lr is 0 before this step
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the step is executed; nothing here changes results beyond rounding."""
+
+    kind: Literal["single"] = "single"  # one process, one device
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
+    precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, optimizer and losses stay fp32
+    accumulation_steps: int = 1  # micro-batches per optimizer step
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run, to resume and to use."""
+
+    every: int = 3_750  # steps between checkpoints; the last step is always saved
+    keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # checkpoints at multiples of this many steps are never removed; 0 = none
+    export_every: int = 12_500  # steps between exports of the teacher's backbone; also at the last step
+    resume_from: str = ""  # step_* folder of another run to start from, while this run has no checkpoint
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """Weighted k-NN accuracy of the teacher's frozen features on labelled shards."""
+
+    train: list[str] = field(default_factory=list)  # shards with a .cls per sample; empty = no k-NN
+    test: list[str] = field(default_factory=list)  # given together with train
+    every: int = 0  # steps; 0 = only at the end
+    k: int = 20  # neighbours that vote
+    temperature: float = 0.07  # of the votes: exp(similarity / temperature)
+    resize: int = 256  # pixels, shorter side
+    crop: int = 224  # pixels, centre crop
+    batch_size: int = 64  # images per forward
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while the run trains."""
+
+    every: int = 10  # steps between metric lines; the only host synchronisation of the loop
+    tensorboard: bool = True  # also to run.dir/tensorboard; metrics.jsonl is always written
+    knn: KnnConfig = field(default_factory=KnnConfig)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `pretrain.config.checks.check` holds the rules between its fields."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    dino_head: HeadConfig = field(default_factory=HeadConfig)
+    ibot_head: IbotHeadConfig = field(default_factory=IbotHeadConfig)
+    rmlp: RmlpConfig = field(default_factory=RmlpConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

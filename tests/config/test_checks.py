@@ -1,0 +1,158 @@
+"""Each rule between settings refuses its breach with the key and the fix, and lets its neighbours pass."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.config.bounds import BOUNDS, RANGES, numbers
+from pretrain.config.checks import warnings
+from pretrain.config.keys import settings
+from pretrain.config.load import ConfigError, load_config
+from pretrain.config.schema import Config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RMLP = ("dino_head.kind=rmlp",)
+CUSTOM = ("model.arch=custom", "model.embed_dim=96", "model.depth=4", "model.num_heads=3")
+
+
+def load(*overrides: str) -> Config:
+    return load_config(CONFIGS / "base.yaml", overrides)
+
+
+REFUSED = [
+    (["run.steps=0"], "run.steps: must be at least 1, got 0"),
+    (["optim.lr=nan"], "optim.lr: must be finite, got nan"),
+    (["optim.lr=inf"], "optim.lr: must be finite, got inf"),
+    (["data.mean=[0.5,0.5,.inf]"], "data.mean: must be finite"),
+    (["optim.lr=0"], "optim.lr: must be above 0"),
+    (["rmlp.outputs=1", *RMLP], "rmlp.outputs: must be at least 2"),
+    (["mask.probability=1.5"], "mask.probability: must be between 0 and 1"),
+    (["teacher.momentum=1.01"], "teacher.momentum: must be between 0 and 1"),
+    (["teacher.temp=0"], "teacher.temp: must be above 0"),
+    (["data.augment.brightness=-1"], "data.augment.brightness: must be 0 or more"),
+    (["data.augment.hue=0.6"], "data.augment.hue: must be between 0 and 0.5"),
+    (["data.prefetch=0"], "data.prefetch: must be at least 1"),
+    (["model.drop_path_rate=1"], "model.drop_path_rate: must be at least 0 and below 1"),
+    (["data.global_crops.scale=[0.5]"], "data.global_crops.scale: must be [smallest, largest]"),
+    (["data.local_crops.scale=[0.5,0.2]"], "data.local_crops.scale: must be [smallest, largest]"),
+    (["mask.ratio=[0.1,1.5]"], "mask.ratio: must be [smallest, largest]"),
+    (["model.arch=custom", "model.embed_dim=96"], "model.depth: must be given with model.arch=custom"),
+    (["model.depth=4"], "model.depth: model.arch=vit_large sets it; remove it or use model.arch=custom"),
+    ([*CUSTOM, "model.num_heads=5"], "model.num_heads: 5 heads do not divide width 96"),
+    (["model.in_channels=1"], "model.in_channels: must be 3"),
+    (
+        ["model.img_size=200"],
+        "model.img_size: 200 px is not a multiple of model.patch_size=16; use for example 192",
+    ),
+    (["data.local_crops.size=98"], "data.local_crops.size: 98 px is not a multiple of model.patch_size=16"),
+    (["log.knn.train=a", "log.knn.test=b", "log.knn.crop=225"], "log.knn.crop: 225 px is not a multiple of"),
+    (["data.mean=[0.5]"], "data.mean: needs 3 values, one a channel, got [0.5]"),
+    (["data.std=[0.5,0.5,0]"], "data.std: must be above 0"),
+    (["data.shards=[]"], "data.shards: names no shard"),
+    (["data.shards=['']"], "data.shards: holds an empty name"),
+    (["loss.dino_weight=0", "loss.ibot_weight=0", "loss.koleo_weight=0"], "loss.dino_weight: all three loss"),
+    (["data.group_size=1", "mask.probability=1"], "data.group_size: KoLeo needs two images"),
+    (
+        ["data.group_size=2", "mask.probability=0.2"],
+        "mask.probability: no global crop of a group gets a mask",
+    ),
+    (["mask.min_patches=99"], "mask.min_patches: 99 patches do not fit the largest mask, 98 of 196 patches"),
+    (["run.steps=12500"], "optim.warmup_steps: 12500 is not below run.steps=12500"),
+    (["optim.min_lr=1"], "optim.min_lr: 1.0 is above the peak learning rate 0.005657"),
+    (["optim.global_batch_size=100"], "optim.global_batch_size: 100 is not a multiple of"),
+    (["engine.accumulation_steps=64"], "optim.global_batch_size: 2048 is not a multiple of"),
+    (["ibot_head.prototypes=9"], "ibot_head.prototypes: not used while ibot_head.shared=true"),
+    (["rmlp.start_step=3"], "rmlp.start_step: no head is randomized; set dino_head.kind=rmlp"),
+    ([*RMLP, "rmlp.start_step=125000"], "rmlp.start_step: 125000 is not below run.steps=125000"),
+    ([*RMLP, "ibot_head.shared=false", "rmlp.share_dino_ibot=true"], "rmlp.share_dino_ibot: the two heads"),
+    (
+        [*RMLP, "rmlp.identity=false"],
+        "rmlp.share_student_teacher: with rmlp.identity=false independent draws",
+    ),
+    ([*RMLP, "rmlp.amplitude=20"], "rmlp.share_student_teacher: with rmlp.amplitude=20.0 independent draws"),
+    (
+        [*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true"],
+        "loss.center_momentum: without rmlp.identity the outputs change meaning at every draw",
+    ),
+    (
+        [*RMLP, "loss.centering=sinkhorn", "rmlp.outputs=683"],
+        "rmlp.outputs: sinkhorn moves most of the mass to the outputs beyond the first 682",
+    ),
+    (["log.knn.train=a.tar"], "log.knn.test: k-NN needs train and test shards"),
+    (["log.knn.test=a.tar"], "log.knn.train: k-NN needs train and test shards"),
+    (["log.knn.crop=272"], "log.knn.crop: 272 px is larger than log.knn.resize=256"),
+]
+
+ALLOWED = [
+    [*CUSTOM],
+    ["data.group_size=2", "mask.probability=0.25"],
+    ["data.group_size=2", "mask.probability=0.2", "loss.ibot_weight=0"],
+    ["engine.accumulation_steps=32"],
+    ["optim.min_lr=0.004", "optim.lr_scaling=none"],
+    ["ibot_head.shared=false", "ibot_head.prototypes=9"],
+    ["teacher.temp_warmup_steps=999999"],
+    [*RMLP, "rmlp.start_step=124999"],
+    [*RMLP, "rmlp.share_dino_ibot=true"],
+    [*RMLP, "rmlp.amplitude=19.9"],
+    [*RMLP, "rmlp.amplitude=100", "rmlp.share_student_teacher=true"],
+    [*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true", "rmlp.resample_every=0"],
+    [*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true", "loss.center_momentum=0"],
+    [*RMLP, "loss.centering=sinkhorn", "rmlp.outputs=682"],
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), REFUSED, ids=[line.partition(" ")[0] for _, line in REFUSED])
+def test_refused(overrides: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(*overrides)
+    assert f": {line}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", ALLOWED, ids=" ".join)
+def test_allowed(overrides: list[str]) -> None:
+    load(*overrides)
+
+
+def test_every_number_has_a_bound() -> None:
+    bounded = {key for bound in BOUNDS for key in bound.keys.split()} | {*RANGES, "data.mean", "data.std"}
+    optional = {"model.embed_dim", "model.depth", "model.num_heads"}
+    assert {key for key, value in settings(Config()).items() if numbers(value)} == bounded - optional
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        ([*RMLP], "dino_head.kind: RMLP heads do not learn from random weights"),
+        (["ibot_head.shared=false", "ibot_head.kind=rmlp"], "dino_head.kind: RMLP heads do not learn"),
+        (["rmlp.amplitude=2"], "rmlp.amplitude: has no effect"),
+        (["teacher.temp=0.1"], "teacher.temp: not below loss.student_temp"),
+        (["log.knn.every=5"], "log.knn.every: has no effect"),
+    ],
+)
+def test_advice(overrides: list[str], start: str) -> None:
+    (line,) = warnings(load(*overrides))
+    assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [*RMLP, "rmlp.start_step=5"],
+        [*RMLP, "model.init_from=a.safetensors"],
+        [*RMLP, "checkpoint.resume_from=runs/a/checkpoints/step_00000001"],
+    ],
+)
+def test_no_advice(overrides: list[str]) -> None:
+    assert warnings(load(*overrides)) == []
+
+
+def test_advice_gives_the_measured_numbers() -> None:
+    assert all(number in warnings(load(*RMLP))[0] for number in ("41.8 %", "38.8 %", "75.8 %"))
+
+
+def test_the_recipes_give_no_advice() -> None:
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        expected = 1 if path.stem == "rmlp_phase" else 0  # a part, without the backbone that it refines
+        assert len(warnings(load_config(path))) == expected, path
