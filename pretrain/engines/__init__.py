@@ -1,0 +1,1 @@
+"""Engines: one training step executed on one device or many."""

@@ -1,0 +1,50 @@
+"""The engine protocol: placement, precision, gradients, clipping, optimizer, EMA and their state.
+
+The loop owns the order of calls, the method the mathematics, the loader the position.
+"""
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pretrain.batch import Batch
+from pretrain.method.outputs import BranchOutput
+from pretrain.models.vit import Features
+from pretrain.optim.schedules import StepValues
+
+
+class Engine(Protocol):
+    """What the training loop calls."""
+
+    device: torch.device
+
+    def student(self, batch: Batch) -> BranchOutput:
+        """The student's output for a micro-batch."""
+
+    def teacher(self, batch: Batch) -> BranchOutput:
+        """The teacher's output, without gradient."""
+
+    def begin_step(self, step: int, values: StepValues) -> None:
+        """Set learning rates and weight decay, and draw randomized heads."""
+
+    def features(self, images: Tensor) -> Features:
+        """The teacher backbone's features of (B, C, S, S) images; collective: equally often on every rank."""
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the gradients of a micro-batch; `last` marks the last one of the step."""
+
+    def step(self) -> dict[str, Tensor]:
+        """Clip, update the student, drop the gradients; norms before clipping, per sub-module, on device."""
+
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student."""
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The tensors to resume from: `model` (both branches, the method) and `optim` (by parameter name)."""
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Take over what `state_dict` of the same configuration returned."""
+
+    def full_state_dict(self, branch: Literal["student", "teacher"]) -> dict[str, Tensor]:
+        """One branch's weights, whole, on the CPU of rank 0."""

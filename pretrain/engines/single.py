@@ -1,0 +1,118 @@
+"""One device, no communication."""
+
+from collections import defaultdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.batch import Batch
+from pretrain.config.schema import EngineConfig, OptimConfig
+from pretrain.engines.optimizer import build_adamw, optimizer_tensors
+from pretrain.method.branch import SSLBranch, branch_output
+from pretrain.method.outputs import BranchOutput
+from pretrain.models.vit import Features
+from pretrain.optim.groups import set_step_values
+from pretrain.optim.schedules import StepValues
+
+
+class SingleEngine:
+    """Student, teacher and method on one CPU or GPU, in fp32 or with bf16 autocast."""
+
+    def __init__(
+        self,
+        student: SSLBranch,
+        teacher: SSLBranch,
+        method: nn.Module,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self.branches = {"student": student.to(device), "teacher": teacher.to(device)}
+        self.method = method.to(device)
+        teacher.requires_grad_(False).eval()
+        self.clip_grad_norm = optim.clip_grad_norm
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=engine.precision == "bf16")
+        self.optimizer = build_adamw(student, optim)
+        self.clip_units = _parameters_by_child(student)
+        self.ema_pairs: tuple[list[Tensor], list[Tensor]] = [*teacher.parameters()], [*student.parameters()]
+
+    def begin_step(self, step: int, values: StepValues) -> None:
+        """See `Engine`."""
+        set_step_values(self.optimizer.param_groups, values)
+        for branch in self.branches.values():
+            branch.begin_step(step)
+
+    def student(self, batch: Batch) -> BranchOutput:
+        """See `Engine`."""
+        with self.autocast:
+            return branch_output(self.branches["student"](batch))
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch) -> BranchOutput:
+        """See `Engine`."""
+        with self.autocast:
+            return branch_output(self.branches["teacher"](batch))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """See `Engine`."""
+        with self.autocast:
+            features: list[Features] = self.branches["teacher"].backbone([images.to(self.device)])
+            return features[0]
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """See `Engine`."""
+        loss.backward()
+
+    def step(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        norms = {}
+        for name, parameters in self.clip_units.items():
+            norms[name] = clip_gradients(parameters, self.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """See `Engine`."""
+        teacher, student = self.ema_pairs
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """See `Engine`."""
+        parts = {**self.branches, "method": self.method}
+        model = {f"{name}.{key}": value for name, m in parts.items() for key, value in m.state_dict().items()}
+        return {"model": model, "optim": optimizer_tensors(self.optimizer)}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """See `Engine`."""
+        current = self.state_dict()
+        for part, tensors in state.items():
+            for key, value in tensors.items():
+                current[part][key].copy_(value)
+
+    def full_state_dict(self, branch: Literal["student", "teacher"]) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return {
+            key: value.detach().cpu().clone() for key, value in self.branches[branch].state_dict().items()
+        }
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """The gradients' total norm; they are scaled down to `limit` when it is exceeded (0 = never)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if limit and gradients:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def _parameters_by_child(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters by sub-module (backbone, dino_head, ibot_head): DINOv2 clips each on its own."""
+    children: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in module.named_parameters():
+        children[name.split(".")[0]].append(parameter)
+    return dict(children)

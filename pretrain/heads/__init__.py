@@ -1,0 +1,6 @@
+"""Projection heads: (rows, D) to the two factors of (rows, K) logits, and `begin_step(step)`."""
+
+from pretrain.heads.mlp import MlpHead
+from pretrain.heads.rmlp import RmlpHead
+
+__all__ = ["MlpHead", "RmlpHead"]

@@ -1,0 +1,46 @@
+"""DINOv2's projection head: MLP, L2-normalised bottleneck, weight-normed prototypes."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from pretrain.config.schema import HeadConfig
+from pretrain.projection import Projection, compute_dtype
+
+
+class Prototypes(nn.Module):
+    """K directions of trainable length: weight = g * v / |v| per row, g = 1 at first (released key names)."""
+
+    def __init__(self, num_prototypes: int, dim: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
+
+    def forward(self) -> Tensor:
+        """The weight-normed matrix (K, b)."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+
+
+class MlpHead(nn.Module):
+    """Linear-GELU layers to a bottleneck, compared with the prototypes on the unit sphere."""
+
+    def __init__(self, in_dim: int, cfg: HeadConfig) -> None:
+        super().__init__()
+        widths = [in_dim, *[cfg.hidden_dim] * (cfg.num_layers - 1), cfg.bottleneck_dim]
+        layers: list[nn.Module] = []
+        for n, m in pairwise(widths):
+            layers += [nn.Linear(n, m), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = Prototypes(cfg.prototypes, cfg.bottleneck_dim)
+        self.out_dim = cfg.prototypes
+
+    def begin_step(self, step: int) -> None:
+        """Nothing changes between steps but the weights."""
+
+    def forward(self, x: Tensor) -> Projection:
+        """Normed tokens (rows, D) to features (rows, b) and prototypes (K, b)."""
+        features = normalize(self.mlp(x).float(), dim=-1, eps=1e-12)
+        dtype = compute_dtype(x)
+        return Projection(features.to(dtype), self.last_layer().to(dtype))

@@ -1,0 +1,1 @@
+"""Methods: a pair of branches, and `targets` and `losses` of one step."""

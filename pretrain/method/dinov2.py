@@ -1,0 +1,112 @@
+"""DINOv2's objective: what the teacher's outputs become, and what the student pays for missing them.
+
+Per global batch: DINO on class tokens, iBOT on masked patches, KoLeo on the class tokens of the global crops
+(weights in section `loss`). Centring or Sinkhorn sees the whole global batch before the first student
+forward.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.batch import Batch
+from pretrain.config.derived import ibot_head
+from pretrain.config.schema import Config, HeadConfig
+from pretrain.losses.centering import SoftmaxCenter, Target, sinkhorn_offset
+from pretrain.losses.dino import dino_losses
+from pretrain.losses.ibot import ibot_loss
+from pretrain.losses.koleo import koleo_loss
+from pretrain.method.outputs import BranchOutput, LossTerms
+from pretrain.projection import Projection
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets of one micro-batch."""
+
+    dino: Target  # (G*B) rows
+    ibot: Target  # (M) rows
+
+
+class DinoV2(nn.Module):
+    """Targets and losses of one step; its only state is the centres."""
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg.loss
+        self.rmlp_start = cfg.rmlp.start_step
+        self.centers = nn.ModuleDict()
+        if cfg.loss.centering == "softmax":
+            for loss, head in (("dino", cfg.dino_head), ("ibot", ibot_head(cfg))):
+                self._add_centers(loss, head, cfg)
+
+    def _add_centers(self, loss: str, head: HeadConfig, cfg: Config) -> None:
+        """A centre per loss and head: a run that changes heads starts the new head's centre at 0."""
+        momentum = cfg.loss.center_momentum
+        if head.kind == "mlp" or cfg.rmlp.start_step > 0:
+            self.centers[loss] = SoftmaxCenter(head.prototypes, momentum)
+        if head.kind == "rmlp":
+            self.centers[f"{loss}_rmlp"] = SoftmaxCenter(cfg.rmlp.outputs, momentum)
+
+    @torch.no_grad()
+    def targets(
+        self, outputs: Iterable[BranchOutput], weights: Iterable[Tensor], temp: float, step: int
+    ) -> list[Targets]:
+        """Targets of every micro-batch of a step.
+
+        Args:
+            outputs: the teacher's output per micro-batch.
+            weights: mask weights (M,) per micro-batch; 0 marks padding.
+            temp: teacher temperature.
+            step: selects the centre of the head in use.
+        """
+        outputs = list(outputs)
+        dino = [out.dino for out in outputs]
+        ibot = [out.ibot for out in outputs]
+        ones = [torch.ones(len(p.features), device=p.features.device) for p in dino]
+        dino_offset = self._offset("dino", dino, ones, temp, step)
+        ibot_offset = self._offset("ibot", ibot, list(weights), temp, step)
+        return [
+            Targets(Target(d, dino_offset, temp), Target(i, ibot_offset, temp))
+            for d, i in zip(dino, ibot, strict=True)
+        ]
+
+    def _offset(
+        self, loss: str, projections: list[Projection], weights: list[Tensor], temp: float, step: int
+    ) -> Tensor:
+        if self.cfg.centering == "sinkhorn":
+            return sinkhorn_offset(projections, weights, temp, self.cfg.sinkhorn_iterations)
+        randomized = f"{loss}_rmlp"
+        in_use = randomized if randomized in self.centers and step >= self.rmlp_start else loss
+        return cast(SoftmaxCenter, self.centers[in_use]).offset(projections, weights, temp)
+
+    def losses(self, student: BranchOutput, targets: Targets, batch: Batch) -> LossTerms:
+        """The loss of one micro-batch and its unweighted parts."""
+        size, groups = batch.num_images, batch.num_images // batch.group_size
+        temp = self.cfg.student_temp
+
+        global_rows, local_rows = student.dino.split([2 * size, len(batch.local_crops)])
+        dino_global, dino_local = dino_losses(
+            global_rows.logits().unflatten(0, (2, size)),
+            local_rows.logits().unflatten(0, (-1, size)),
+            targets.dino.probabilities().unflatten(0, (2, size)),
+            temp,
+        )
+        ibot = ibot_loss(
+            student.ibot.logits(), targets.ibot.probabilities(), batch.mask_weights, len(batch.masks), temp
+        )
+        koleo = (
+            koleo_loss(student.cls.unflatten(0, (2, groups, batch.group_size))).mean(1).sum()
+        )  # crops summed
+
+        weights = self.cfg
+        total = (
+            weights.dino_weight * (dino_global + dino_local)
+            + weights.ibot_weight * ibot
+            + weights.koleo_weight * koleo
+        )
+        parts = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
+        return LossTerms(total, {"total": total.detach(), **{k: v.detach() for k, v in parts.items()}})

@@ -1,0 +1,59 @@
+"""One pre-norm transformer block over packed sequences, with LayerScale and batch-subset drop path."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.models.attention import Attention, Backend
+from pretrain.models.ffn import build_ffn
+from pretrain.models.packing import Layout, Subset
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        ffn_layer: str,
+        ffn_hidden_dim: int,
+        layer_scale: float | None,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, backend)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = build_ffn(ffn_layer, dim, ffn_hidden_dim)  # type: ignore[arg-type]
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, x: Tensor, layout: Layout, subsets: tuple[Subset, Subset] | None = None) -> Tensor:
+        """(T, D) to (T, D); with `subsets`, each branch runs on its own subset of the sequences."""
+        attention, ffn = subsets if subsets is not None else (None, None)
+        x = _residual(x, layout, attention, lambda y, lay: self.ls1(self.attn(self.norm1(y), lay)))
+        return _residual(x, layout, ffn, lambda y, lay: self.ls2(self.mlp(self.norm2(y))))
+
+
+def _residual(
+    x: Tensor, layout: Layout, subset: Subset | None, branch: Callable[[Tensor, Layout], Tensor]
+) -> Tensor:
+    if subset is None:
+        return x + branch(x, layout)
+    update = branch(x.index_select(0, subset.tokens), subset.layout)
+    return x.index_add(0, subset.tokens, (update * subset.scale).to(x.dtype))

@@ -1,0 +1,123 @@
+"""The vision transformer of DINOv2: learned positions, optional registers, one pass over all crop groups.
+
+Parameter names and shapes are those of the released checkpoints (`blocks.3.attn.qkv.weight`, mask_token (1,
+D)).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, vit_shape
+from pretrain.config.schema import ModelConfig
+from pretrain.models.attention import Backend
+from pretrain.models.block import Block
+from pretrain.models.packing import Subset, drop_path_subsets, pack, unpack
+from pretrain.models.pos_embed import interpolate_pos_embed
+
+
+class Features(NamedTuple):
+    """Output tokens of one group of images, after the final norm."""
+
+    cls: Tensor  # (B, D)
+    registers: Tensor  # (B, R, D)
+    patches: Tensor  # (B, N, D)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, S, S') to (B, N, D), row by row."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT over several groups of images, one per crop size; each block runs once over all their tokens."""
+
+    def __init__(self, cfg: ModelConfig, backend: Backend = "sdpa") -> None:
+        super().__init__()
+        dim, depth, num_heads = vit_shape(cfg)
+        self.cfg = cfg
+        self.embed_dim = dim
+        self.patch_size = cfg.patch_size
+        self.drop_path_rates = drop_path_rates(cfg)
+        self.patch_embed = PatchEmbed(cfg.in_channels, dim, cfg.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (cfg.img_size // cfg.patch_size) ** 2, dim))
+        if cfg.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.empty(1, cfg.num_register_tokens, dim))
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        hidden = ffn_hidden_dim(cfg)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, cfg.ffn_layer, hidden, cfg.layer_scale, backend) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Tokens before the first block.
+
+        Args:
+            images: (B, C, S, S') float.
+            masks: (B, N) bool; hidden patches become the mask token before positions are added.
+
+        Returns:
+            (B, 1 + R + N, D): class token, registers (without position), patches.
+        """
+        rows, cols = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        x = self.patch_embed(images)
+        if masks is not None:
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype).unsqueeze(0), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        square = images.shape[-2] == images.shape[-1]
+        x = x + interpolate_pos_embed(
+            self.pos_embed, (rows, cols), self.cfg.pos_embed_offset, self.cfg.pos_embed_antialias, square
+        )
+        if not self.cfg.num_register_tokens:
+            return x
+        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+
+    def forward(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        drop_rows: Sequence[Tensor] | None = None,
+        num_shares: int = 1,
+    ) -> list[Features]:
+        """Normed features of each group of images.
+
+        Args:
+            images: groups of equally large images, each (B_i, C, S_i, S_i').
+            masks: one (B_i, N_i) bool or None per group.
+            drop_rows: one (depth, 2, kept) per group, see `drop_path_subsets`; None runs every branch on all
+                images.
+            num_shares: independent draws that `drop_rows` concatenates.
+        """
+        masks = masks if masks is not None else [None] * len(images)
+        x, layout = pack([self.embed(i, m) for i, m in zip(images, masks, strict=True)])
+        subsets: Sequence[tuple[Subset, Subset] | None] = [None] * len(self.blocks)
+        if drop_rows is not None:
+            subsets = drop_path_subsets(drop_rows, self.drop_path_rates, layout, num_shares)
+        for block, subset in zip(self.blocks, subsets, strict=True):
+            x = block(x, layout, subset)
+        return [self._features(group) for group in unpack(self.norm(x), layout)]
+
+    def intermediate_features(self, images: Tensor, layers: Sequence[int]) -> list[Features]:
+        """Normed features after the given blocks (0-based) of one group of images (B, C, S, S')."""
+        x, layout = pack([self.embed(images)])
+        outputs = {}
+        for index, block in enumerate(self.blocks):
+            x = block(x, layout)
+            if index in layers:
+                outputs[index] = self._features(unpack(self.norm(x), layout)[0])
+        return [outputs[index] for index in layers]
+
+    def _features(self, tokens: Tensor) -> Features:
+        prefix = 1 + self.cfg.num_register_tokens
+        return Features(tokens[:, 0], tokens[:, 1:prefix], tokens[:, prefix:])
