@@ -1,0 +1,134 @@
+"""The numbers of a run: averaged on the device, then written to metrics.jsonl and to TensorBoard."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.errors import InputError
+from pretrain.run.durable import write_text
+
+
+class Averages:
+    """Means of device scalars since the last call of `means`; adding to them never waits for the device."""
+
+    def __init__(self) -> None:
+        """No values yet."""
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one value per name: tensors with one element, all on one device; summed in fp32."""
+        for name, value in values.items():
+            value = value.detach().float().reshape(())
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each name over the times it was added, which are then forgotten.
+
+        One copy from device to host: the only point of the training loop where the host waits for the device.
+        """
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values())).tolist()
+        means = {name: s / self._counts[name] for name, s in zip(self._sums, sums, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class Throughput:
+    """Images per second since the last reading.
+
+    Read it after `Averages.means`: the host runs ahead of a GPU, and only then are the counted steps done.
+    """
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self._images, self._since = 0, time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """Count images whose step was started."""
+        self._images += images
+
+    def rate(self) -> float:
+        """Images per second of wall time since the last reading, or since the start; starts a new window."""
+        now = time.perf_counter()
+        rate = self._images / max(now - self._since, 1e-9)
+        self._images, self._since = 0, now
+        return rate
+
+
+class MetricLog:
+    """`metrics.jsonl`, one object per line, and the same scalars for TensorBoard in `tensorboard/`."""
+
+    def __init__(self, folder: Path, tensorboard: bool, steps_done: int) -> None:
+        """Open both for a session, dropping what a killed one wrote for the steps that are now run again.
+
+        Args:
+            folder: the run's folder.
+            tensorboard: whether to write for TensorBoard as well.
+            steps_done: optimizer steps of the checkpoint this session continues from; values of later steps
+                are dropped. 0 = from the start, which drops everything.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        first = steps_done + 1 if steps_done else 0  # a new run may write at step 0, before it trains
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_lines(folder / "metrics.jsonl", first)
+            self._file = (folder / "metrics.jsonl").open("a")
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error}); set run.dir") from error
+        # TensorBoard hides the points from `purge_step` on that an earlier session wrote
+        board = folder / "tensorboard"
+        self._board = SummaryWriter(str(board), purge_step=first) if tensorboard else None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the values of one step: a line `{"step": 10, "loss/total": 7.1}`, complete on return.
+
+        JSON has no NaN and no infinity: such a value becomes null, its name an entry of the list "nonfinite".
+
+        Raises:
+            OSError: the disk is full.
+        """
+        lost = [name for name, value in values.items() if not math.isfinite(value)]
+        line: dict[str, Any] = {"step": step, **values, **dict.fromkeys(lost)}
+        if lost:
+            line["nonfinite"] = lost
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close both; TensorBoard's last points are on the disk after this."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _drop_lines(path: Path, first: int) -> None:
+    """Rewrite the file without lines of step `first` and later, or cut off by a kill."""
+    if not path.exists():
+        return
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and 0 <= _step(line) < first]
+    if kept != lines:
+        write_text(path, "".join(kept))
+
+
+def _step(line: str) -> int:
+    """The step of one line; -1 for a line that a crash left unreadable."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
