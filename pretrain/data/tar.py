@@ -1,0 +1,142 @@
+"""A strict scan of the headers of an uncompressed tar file.
+
+Lenient readers stop at the first header they do not understand, and the rest of a shard goes missing without
+a word. Here a wrong checksum, a cut file and a missing end mark are errors. Names may be ustar, GNU long or
+pax.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.errors import InputError
+
+BLOCK = 512
+EMPTY = bytes(BLOCK)
+REGULAR = frozenset(b"0\x007")
+WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: a size in their header means nothing
+LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL, SPARSE = b"LKxgS"
+
+
+class Member(NamedTuple):
+    """A regular file inside a tar: its name, and where its bytes are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class _Pending:
+    """What an extension header says about the member that follows it."""
+
+    name: str | None = None
+    size: int | None = None
+
+
+def scan(path: Path) -> Iterator[Member]:
+    """Every regular file of a tar, in file order.
+
+    Raises:
+        InputError: the file is damaged, cut short, compressed or not a tar; names the file and the byte.
+    """
+    if path.stat().st_size < BLOCK:
+        raise InputError(
+            f"{path}: is empty or cut short at byte {path.stat().st_size}; restore or re-pack it"
+        )
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        yield from _members(data, path)
+
+
+def _members(data: mmap, path: Path) -> Iterator[Member]:
+    position, pending = 0, _Pending()
+    while True:
+        header = data[position : position + BLOCK]
+        if len(header) < BLOCK:
+            raise InputError(
+                f"{path}: byte {position}: ends without the end mark of a tar (cut short); restore it"
+            )
+        if header == EMPTY:
+            return
+        _verify(header, path, position)
+        kind = header[156]
+        size = 0 if kind in WITHOUT_DATA else _size(header, pending, path, position)
+        start = position + BLOCK
+        if start + size > len(data):
+            raise InputError(
+                f"{path}: byte {position}: member of {size} bytes in a file that ends at byte {len(data)} "
+                f"(cut short); restore it"
+            )
+        if kind in REGULAR:
+            yield Member(pending.name or _name(header), start, size)
+        pending = _extension(kind, data[start : start + size], pending) if kind in b"LKxg" else _Pending()
+        if kind == SPARSE:
+            raise InputError(f"{path}: byte {position}: sparse members are not supported; re-pack the shard")
+        position = start + (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _verify(header: bytes, path: Path, position: int) -> None:
+    """Compare the header's checksum: the sum of its bytes, its own field counted as spaces."""
+    total = sum(header) - sum(header[148:156]) + 8 * 32
+    if total == _octal(header[148:156]):
+        return
+    if position == 0:
+        raise InputError(f"{path}: is not an uncompressed tar file (or its first header is damaged)")
+    raise InputError(
+        f"{path}: byte {position}: damaged tar header (wrong checksum); restore or re-pack the shard"
+    )
+
+
+def _octal(field: bytes) -> int:
+    """An octal number field; -1 where there is none."""
+    try:
+        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _size(header: bytes, pending: _Pending, path: Path, position: int) -> int:
+    """Bytes of the member: from a pax header, in base 256, or in octal."""
+    if pending.size is not None:
+        return pending.size
+    field = header[124:136]
+    size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
+    if size < 0:
+        raise InputError(
+            f"{path}: byte {position}: damaged tar header (no size); restore or re-pack the shard"
+        )
+    return size
+
+
+def _name(header: bytes) -> str:
+    """The name in the header, after the ustar prefix where there is one (GNU keeps other fields there)."""
+    name, prefix = _text(header[:100]), _text(header[345:500])
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _extension(kind: int, content: bytes, pending: _Pending) -> _Pending:
+    """`pending` with what one extension header adds."""
+    if kind == LONG_NAME:
+        return _Pending(_text(content), pending.size)
+    if kind == PAX:
+        records = _pax_records(content)
+        size = int(records["size"]) if "size" in records else pending.size
+        return _Pending(records.get("path", pending.name), size)
+    return pending
+
+
+def _pax_records(content: bytes) -> dict[str, str]:
+    """The `length key=value` lines of a pax header; the length counts the whole line."""
+    records = {}
+    while content.rstrip(b"\0"):
+        length = int(content.split(b" ", 1)[0])
+        key, _, value = content[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        records[key.decode("utf-8")] = value.decode("utf-8", "surrogateescape")
+        content = content[length:]
+    return records

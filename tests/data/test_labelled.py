@@ -1,0 +1,72 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pretrain.data.labelled import labelled_batches
+from pretrain.data.writer import PackedSample, write_shards
+from tests.data.pictures import encode
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.5]
+
+
+def shards_of(folder: Path, pictures: list[np.ndarray], labels: list[int | None]) -> list[str]:
+    samples = [
+        PackedSample(f"{i}", "png", encode(picture, "PNG"), label, {})
+        for i, (picture, label) in enumerate(zip(pictures, labels, strict=True))
+    ]
+    return [str(path) for path in write_shards(samples, folder, "x", 2)]
+
+
+def pixels_of(images: torch.Tensor) -> np.ndarray:
+    pixels = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def test_stored_order_labels_and_batch_sizes(tmp_path: Path) -> None:
+    pictures = [np.full((32, 32, 3), 10 * i, np.uint8) for i in range(7)]
+    shards = shards_of(tmp_path, pictures, [6, 5, 4, 3, 2, 1, 0])
+    batches = list(labelled_batches(shards, "log.knn.train", 32, 32, MEAN, STD, 3))
+    assert [len(labels) for _, labels in batches] == [3, 3, 1]
+    assert torch.cat([labels for _, labels in batches]).tolist() == [6, 5, 4, 3, 2, 1, 0]
+    assert batches[0][1].dtype == torch.int64 and batches[0][0].dtype == torch.float32
+    assert pixels_of(torch.cat([images for images, _ in batches]))[:, 0, 0, 0].tolist() == [
+        10 * i for i in range(7)
+    ]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_pixels_equal_pillows(images: dict[str, np.ndarray], tmp_path: Path, turned: bool) -> None:
+    picture = images["china"].transpose(1, 0, 2) if turned else images["china"]
+    picture = np.ascontiguousarray(picture)
+    shards = shards_of(tmp_path, [picture], [0])
+    ((batch, _),) = labelled_batches(shards, "log.knn.train", 128, 112, MEAN, STD, 4)
+    size = (128, 170) if turned else (170, 128)
+    resized = Image.open(io.BytesIO(encode(picture, "PNG"))).resize(size, Image.Resampling.BICUBIC)
+    left, top = round((size[0] - 112) / 2), round((size[1] - 112) / 2)
+    np.testing.assert_array_equal(
+        pixels_of(batch)[0], np.asarray(resized.crop((left, top, left + 112, top + 112)))
+    )
+
+
+def test_a_fitting_image_is_untouched(images: dict[str, np.ndarray], tmp_path: Path) -> None:
+    picture = np.ascontiguousarray(images["noise"][:64, :64])
+    ((batch, _),) = labelled_batches(
+        shards_of(tmp_path, [picture], [0]), "log.knn.test", 64, 64, MEAN, STD, 4
+    )
+    np.testing.assert_array_equal(pixels_of(batch)[0], picture)
+
+
+def test_a_missing_label_names_setting_shard_and_key(tmp_path: Path) -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    shards = shards_of(tmp_path, [picture] * 3, [0, 0, None])
+    with pytest.raises(ValueError, match=r"^log.knn.test: .*x-000001.tar: sample 2 has no label"):
+        list(labelled_batches(shards, "log.knn.test", 8, 8, MEAN, STD, 2))
+
+
+def test_crop_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^log.knn.train: .*crop of 9 .*side of 8"):
+        next(labelled_batches([], "log.knn.train", 8, 9, MEAN, STD, 2))
