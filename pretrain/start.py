@@ -1,0 +1,117 @@
+"""How a run starts: initial weights, the checkpoint or export it continues from, what is recorded of it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import distributed
+from pretrain.config.derived import uses_rmlp, vit_shape
+from pretrain.config.load import config_text, diff_configs, load_config, save_config
+from pretrain.config.schema import Config
+from pretrain.engines.base import Engine
+from pretrain.errors import InputError
+from pretrain.export import read_export
+from pretrain.heads.rmlp import check_memory
+from pretrain.method.branch import SSLBranch
+from pretrain.method.dinov2 import DinoV2
+from pretrain.models.attention import resolve_backend
+from pretrain.models.init import init_weights
+from pretrain.models.vit import VisionTransformer
+from pretrain.run.checkpoint import Checkpoints, load_checkpoint
+from pretrain.run.environment import config_hash, describe
+
+
+def build_branches(
+    cfg: Config, device: torch.device, micro_batch: int
+) -> tuple[SSLBranch, SSLBranch, DinoV2]:
+    """Student, teacher (an exact copy) and method, with the weights of `model.init_from` or random ones.
+
+    Raises:
+        InputError: the export does not fit the model, or a randomized head does not fit the memory.
+    """
+    if uses_rmlp(cfg):
+        rows = micro_batch * (2 + cfg.data.local_crops.number)
+        check_memory(vit_shape(cfg.model).embed_dim, cfg.rmlp.outputs, rows, distributed.free_memory(device))
+    backend = resolve_backend(cfg.model.attention, device, cfg.engine.precision == "bf16")
+    student, teacher = SSLBranch(cfg, "student", backend), SSLBranch(cfg, "teacher", backend)
+    init_weights(student, cfg.run.seed)
+    if cfg.model.init_from:
+        load_backbone(student.backbone, Path(cfg.model.init_from))
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher, DinoV2(cfg)
+
+
+# What must agree besides the tensors' shapes: the same weights would compute another function.
+FUNCTION_KEYS = ("num_heads", "ffn_layer", "pos_embed_antialias", "pos_embed_offset")
+
+
+def load_backbone(backbone: VisionTransformer, path: Path) -> None:
+    """Fill the backbone from an export of the same architecture, every tensor or none.
+
+    Raises:
+        InputError: the export's model differs; the line names the first differences.
+    """
+    export = read_export(path)
+    mine, theirs = (asdict(m) | vit_shape(m)._asdict() for m in (backbone.cfg, export.model))
+    faults = [
+        f"model.{k} is {mine[k]} here and {theirs[k]} there" for k in FUNCTION_KEYS if mine[k] != theirs[k]
+    ]
+    wanted = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in export.state.items()}
+    faults += [f"{key} is missing" for key in wanted if key not in given]
+    faults += [f"{key} is not expected" for key in given if key not in wanted]
+    faults += [
+        f"{key} is {shape} here and {given[key]} there"
+        for key, shape in wanted.items()
+        if given.get(key, shape) != shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise InputError(f"model.init_from: {path} holds another model: {'; '.join(faults[:3])}{more}")
+    backbone.load_state_dict(export.state)
+
+
+def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints) -> int:
+    """Bring the engine to the state that the run starts from; the number of optimizer steps done."""
+    # 1. this run's newest checkpoint; 2. checkpoint.resume_from;
+    # 3. model.init_from; 4. random weights: the last two are in the branches already.
+    source = checkpoints.newest()
+    if source is None and cfg.checkpoint.resume_from:
+        source = Path(cfg.checkpoint.resume_from)
+    if source is None:
+        return 0
+    state = engine.state_dict()
+    _, facts = load_checkpoint(source, state)
+    engine.load_state_dict(state)
+    if facts["global_batch_size"] != cfg.optim.global_batch_size:
+        raise InputError(
+            f"optim.global_batch_size: {source} was trained with {facts['global_batch_size']} images a step, "
+            f"here are {cfg.optim.global_batch_size}; continue with the same number"
+        )
+    return int(facts["step"])
+
+
+def record_run(cfg: Config, folder: Path) -> None:
+    """Write the run's config and environment; say what changed since its last start."""
+    config = folder / "config.yaml"
+    if config.exists():
+        for change in diff_configs(load_config(config), cfg):
+            print(f"changed since the last start: {change}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(cfg, config)
+    (folder / "environment.txt").write_text(describe())
+
+
+def run_facts(cfg: Config, step: int) -> dict[str, Any]:
+    """What a checkpoint or an export says about its origin."""
+    return {
+        "step": step,
+        "run": cfg.run.dir,
+        "config_hash": config_hash(config_text(cfg)),
+        "engine": cfg.engine.kind,
+        "world_size": distributed.world_size(),
+        "global_batch_size": cfg.optim.global_batch_size,
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,201 @@
+"""Whole runs on real shards: exact resume after a kill; workers and accumulation change nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config.load import load_config, save_config
+from pretrain.config.schema import Config
+from pretrain.data.digits import write_digits
+from pretrain.errors import InputError
+from pretrain.export import read_export
+from pretrain.models.vit import VisionTransformer
+from pretrain.train import build, main
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+def config(shards: Path, run: Path, *overrides: str) -> Config:
+    """The debugging recipe (registers, SwiGLU, Sinkhorn, two heads, drop path) on the digits, few steps."""
+    return load_config(
+        ROOT / "configs" / "debug_cpu.yaml",
+        [
+            f"run.dir={run}",
+            f"run.steps={STEPS}",
+            f"data.shards=[{shards}/train-*.tar]",
+            "data.workers=0",
+            "data.group_size=4",
+            "optim.global_batch_size=16",
+            "optim.warmup_steps=2",
+            "checkpoint.every=4",
+            "log.every=1",
+            "log.tensorboard=false",
+            "log.knn.train=[]",
+            "log.knn.test=[]",
+            *overrides,
+        ],
+    )
+
+
+RMLP = (
+    "dino_head.kind=rmlp",
+    "ibot_head.kind=rmlp",
+    "loss.centering=softmax",
+    "rmlp.outputs=64",
+    "rmlp.start_step=6",
+)
+
+
+def tensors(cfg: Config) -> dict[str, torch.Tensor]:
+    """Everything in a run's newest checkpoint: both branches, centres, optimizer."""
+    run = build(cfg)
+    assert run.step == cfg.run.steps
+    return {f"{part}/{k}": v for part, named in run.engine.state_dict().items() for k, v in named.items()}
+
+
+def metric_lines(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+
+
+def start(cfg: Config, path: Path) -> subprocess.Popen:
+    save_config(cfg, path)
+    with path.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pretrain", str(path)], stdout=log, stderr=log, cwd=ROOT
+        )
+
+
+def kill_after(process: subprocess.Popen, metrics: Path, lines: int) -> None:
+    """kill -9 as soon as the run has written that many metric lines."""
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < lines:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("heads", [(), RMLP], ids=["mlp", "rmlp"])
+def test_a_killed_run_continues_bit_for_bit(shards, tmp_path, heads):
+    whole = config(shards, tmp_path / "whole", *heads)
+    assert main(whole) == 0
+
+    killed = config(shards, tmp_path / "killed", "data.workers=1", *heads)
+    process = start(killed, tmp_path / "killed.yaml")
+    kill_after(process, tmp_path / "killed" / "metrics.jsonl", random.randint(1, STEPS - 2))
+    assert not (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:08d}").exists()
+    assert main(replace(killed, data=replace(killed.data, workers=0))) == 0
+
+    expected, actual = tensors(whole), tensors(killed)
+    assert expected.keys() == actual.keys()
+    assert [key for key, value in expected.items() if not torch.equal(value, actual[key])] == []
+    assert metric_lines(tmp_path / "killed") == metric_lines(tmp_path / "whole")
+
+
+def test_accumulation_changes_nothing_but_rounding(shards, tmp_path):
+    # LayerScale 1: at 1e-5 the class tokens of all images agree to six digits, and KoLeo sees the rounding
+    results = []
+    for parts in (1, 2, 4):
+        split = f"engine.accumulation_steps={parts}"
+        cfg = config(shards, tmp_path / str(parts), split, "model.layer_scale=1.0")
+        assert main(cfg) == 0
+        results.append(metric_lines(tmp_path / str(parts)))
+    for other in results[1:]:
+        for expected, actual in zip(results[0], other, strict=True):
+            assert actual == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_finished_run_says_so(shards, tmp_path, capsys):
+    cfg = config(shards, tmp_path / "run", "run.steps=3")
+    assert main(cfg) == 0
+    capsys.readouterr()
+    assert main(cfg) == 0
+    assert "finished at step 3" in capsys.readouterr().out
+
+
+def test_the_export_is_the_teacher(shards, tmp_path):
+    cfg = config(shards, tmp_path / "run", "run.steps=3")
+    main(cfg)
+    export = read_export(tmp_path / "run" / "exports" / "teacher_step_00000003.safetensors")
+    model = VisionTransformer(export.model)
+    model.load_state_dict(export.state)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, actual = build(cfg).engine.features(images), model([images])[0]
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_starts_from_an_export(shards, tmp_path):
+    main(config(shards, tmp_path / "first", "run.steps=3"))
+    path = tmp_path / "first" / "exports" / "teacher_step_00000003.safetensors"
+    second = build(
+        config(shards, tmp_path / "second", f"model.init_from={path}", *RMLP[:-1], "rmlp.start_step=0")
+    )
+    assert second.step == 0
+    for branch in ("student", "teacher"):
+        weights = second.engine.full_state_dict(branch)
+        for key, value in read_export(path).state.items():
+            assert torch.equal(weights[f"backbone.{key}"], value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.embed_dim=36", "holds another model"),
+        ("model.num_heads=1", "model.num_heads is 1 here and 3 there"),
+        ("model.num_register_tokens=0", "register_tokens is not expected"),
+        ("model.pos_embed_offset=0.0", "model.pos_embed_offset is 0.0 here and 0.1 there"),
+        ("model.depth=3", "blocks.2.* is missing"),
+    ],
+)
+def test_an_export_of_another_model_is_refused(shards, tmp_path, override, message):
+    main(config(shards, tmp_path / "first", "run.steps=3"))
+    path = tmp_path / "first" / "exports" / "teacher_step_00000003.safetensors"
+    with pytest.raises(InputError, match=f"^model.init_from: {path} .*{message}"):
+        build(config(shards, tmp_path / "second", f"model.init_from={path}", override))
+    assert not (tmp_path / "second" / "config.yaml").exists()
+
+
+def test_another_global_batch_is_refused(shards, tmp_path):
+    main(config(shards, tmp_path / "run", "run.steps=3"))
+    with pytest.raises(InputError, match=r"optim.global_batch_size: .* 16 images a step, here are 8"):
+        build(config(shards, tmp_path / "run", "run.steps=6", "optim.global_batch_size=8"))
+
+
+def test_resume_from_another_run(shards, tmp_path):
+    main(config(shards, tmp_path / "first", "run.steps=4"))
+    source = tmp_path / "first" / "checkpoints" / "step_00000004"
+    run = build(config(shards, tmp_path / "second", f"checkpoint.resume_from={source}"))
+    assert run.step == 4
+    first = build(config(shards, tmp_path / "first", "run.steps=4"))
+    for part, named in first.engine.state_dict().items():
+        for key, value in named.items():
+            assert torch.equal(value, run.engine.state_dict()[part][key])
+
+
+def test_changed_settings_are_named_at_the_next_start(shards, tmp_path, capsys):
+    main(config(shards, tmp_path / "run", "run.steps=3"))
+    main(config(shards, tmp_path / "run", "run.steps=4"))
+    assert "changed since the last start: run.steps: 3 -> 4" in capsys.readouterr().out
+    assert load_config(tmp_path / "run" / "config.yaml").run.steps == 4
+    assert "torch" in (tmp_path / "run" / "environment.txt").read_text()
