@@ -23,8 +23,8 @@ class Batch:
     global_crops: Tensor  # (G*B, C, S, S), uint8 from the loader, float32 after normalisation
     local_crops: Tensor  # (L*B, C, s, s), likewise
     masks: Tensor  # (G*B, N) bool: patches hidden from the student
-    mask_indices: Tensor  # (M,) int64 into the flattened masks
-    mask_weights: Tensor  # (M,) float32: 1 / masked patches of the same crop
+    mask_indices: Tensor  # (M,) int64 into the flattened masks, M >= 1
+    mask_weights: Tensor  # (M,) float32: 1 / masked patches of the same crop; 0 marks padding
     drop_global: (
         Tensor | None
     )  # (depth, 2, kept) int64 rows of global_crops whose residual branch runs; None = all

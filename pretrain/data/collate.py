@@ -40,8 +40,8 @@ def collate(groups: Sequence[Group]) -> Batch:
         global_crops=_join_crops([group.global_crops for group in groups]),
         local_crops=_join_crops([group.local_crops for group in groups]),
         masks=masks,
-        mask_indices=masks.flatten().nonzero().flatten(),
-        mask_weights=_mask_weights(masks),
+        mask_indices=_at_least_one(masks.flatten().nonzero().flatten()),
+        mask_weights=_at_least_one(_mask_weights(masks)),
         drop_global=_join_rows([group.drop_global for group in groups], groups[0].size),
         drop_local=_join_rows([group.drop_local for group in groups], groups[0].size),
         group_size=groups[0].size,
@@ -64,6 +64,11 @@ def _mask_weights(masks: Tensor) -> Tensor:
     """(M,) float32: for each masked patch 1 / masked patches of its crop."""
     weights = 1 / masks.sum(-1, keepdim=True).clamp(min=1).float()
     return weights.expand_as(masks)[masks]
+
+
+def _at_least_one(rows: Tensor) -> Tensor:
+    """Zero for the row of a batch without masks: the head always runs, and a row of weight 0 is padding."""
+    return rows if len(rows) else rows.new_zeros(1)
 
 
 def _join_rows(rows: Sequence[Rows | None], size: int) -> Tensor | None:

@@ -40,7 +40,7 @@ def _decode_jpeg(content: bytes) -> Pixels | None:
 def _decode_any(content: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return np.asarray(_to_rgb(image))
+            return np.array(_to_rgb(image))  # a copy: torch warns of arrays that cannot be written to
     except UnidentifiedImageError as error:
         raise ValueError("not an image in a known format") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -42,14 +42,14 @@ def block_mask(cfg: MaskConfig, grid: int, target: int, rng: np.random.Generator
     mask = np.zeros((grid, grid), bool)
     remaining = target
     while remaining > 0:
-        added = _add_block(mask, cfg, min(remaining, int(MAX_BLOCK * grid * grid)), rng)
+        added = _add_block(mask, cfg, min(remaining, MAX_BLOCK * grid * grid), rng)
         if not added:
             break
         remaining -= added
     return mask
 
 
-def _add_block(mask: Mask, cfg: MaskConfig, limit: int, rng: np.random.Generator) -> int:
+def _add_block(mask: Mask, cfg: MaskConfig, limit: float, rng: np.random.Generator) -> int:
     """Mask a rectangle that adds 1 to `limit` patches; how many it added, 0 where every try failed."""
     for _ in range(BLOCK_TRIES):
         top, left, height, width = _draw_block(len(mask), cfg, limit, rng)
@@ -64,7 +64,7 @@ def _add_block(mask: Mask, cfg: MaskConfig, limit: int, rng: np.random.Generator
 
 
 def _draw_block(
-    grid: int, cfg: MaskConfig, limit: int, rng: np.random.Generator
+    grid: int, cfg: MaskConfig, limit: float, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) in patches; a block as large as the grid is for the caller to refuse."""
     area_draw, aspect_draw, top_draw, left_draw = rng.random(4).tolist()

@@ -81,7 +81,7 @@ def test_no_drop_path_and_no_masks() -> None:
     group = make_group(0, rates=(0.0,))
     batch = collate([Group(**{**vars(group), "masks": np.zeros_like(group.masks)})])
     assert batch.drop_global is None and batch.drop_local is None
-    assert batch.mask_indices.shape == (0,) and batch.mask_weights.shape == (0,)
+    assert batch.mask_indices.tolist() == [0] and batch.mask_weights.tolist() == [0]  # padding
 
 
 def test_position_and_sizes() -> None:

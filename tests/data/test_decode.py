@@ -38,7 +38,7 @@ def pillow(content: bytes) -> np.ndarray:
 def test_pixels_equal_pillows(images: dict[str, np.ndarray], mode: str, kind: str, options: dict) -> None:
     content = encode(Image.fromarray(images["china"]).convert(mode), kind, **options)
     pixels = decode(content)
-    assert pixels.shape == images["china"].shape and pixels.dtype == np.uint8
+    assert pixels.shape == images["china"].shape and pixels.dtype == np.uint8 and pixels.flags.writeable
     np.testing.assert_array_equal(pixels, pillow(content))
 
 

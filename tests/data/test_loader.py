@@ -236,6 +236,8 @@ def program(shard_folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Pop
     yield process, mark
     process.kill()
     process.wait()
+    for survivor in processes_with(mark):
+        os.kill(survivor, signal.SIGKILL)
     process.stdout.close()
 
 
