@@ -46,8 +46,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _train(cfg: Config) -> int:
-    # OpenMP reads this when torch loads it. Threads that spin while they wait for one that the machine has
-    # descheduled slow a CPU run down by up to ten times on shared cores; threads that sleep cost a few percent.
+    # OpenMP reads this when torch is loaded. On shared cores, threads that spin while one is descheduled
+    # slowed a CPU run down five to ten times; threads that sleep cost a few percent on an idle one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pretrain import train  # torch takes seconds to import
 
