@@ -6,33 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from pretrain.command_line import Parser, exit_status
 from pretrain.config.checks import warnings
 from pretrain.config.load import config_text, load_config
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
 
-USAGE_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, instead of the usage and then the message."""
-        raise InputError(f"command line: {message} (python -m pretrain --help)")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the process's exit status. Wrong input: one line on stderr and 2."""
-    try:
-        return _run(_parse(arguments))
-    except InputError as error:
-        print("pretrain:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        print("pretrain: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_status("pretrain", lambda: _run(_parse(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -56,7 +40,7 @@ def _train(cfg: Config) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options may stand before, between and after the overrides."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m pretrain",
         description="Pretrain a vision transformer; a run whose folder exists is continued.",
         epilog="Every setting is listed in docs/configuration.md.",

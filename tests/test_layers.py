@@ -12,19 +12,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ROWS = [  # a module imports from lower rows, from its own package, or along an arrow of its row
-    {"config", "batch", "projection", "seeding", "distributed", "errors", "cluster"},
+    {"config", "batch", "projection", "seeding", "distributed", "errors", "command_line", "cluster"},
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery"},
     {"analysis"},
     {"start", "train", "job", "cli", "__main__"},
 ]
 ARROWS = {
-    *{("config", "errors"), ("distributed", "errors"), ("cluster", "config"), ("cluster", "errors")},
+    *{(name, "errors") for name in ("config", "distributed", "cluster", "command_line")},
+    ("cluster", "config"),
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
     *{("engines", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
     *{("train", "start"), ("job", "train"), ("cli", "train"), ("__main__", "cli")},
 }
-NO_TORCH = ["config", "cluster", "cli", "seeding", "errors", "data.shards", "data.index", "data.order"]
+NO_TORCH = [
+    *("config", "cluster", "cli", "command_line", "seeding", "errors"),
+    *("data.shards", "data.index", "data.order"),
+]
 NESTED = {  # only for speed: these answer before torch is imported
     ("pretrain.cli", "pretrain.train"),
     ("pretrain.seeding", "torch"),

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pretrain.analysis.knn import knn_accuracy
+from pretrain.command_line import exit_status
 from pretrain.config.load import load_config
 from pretrain.config.schema import KnnConfig
 from pretrain.data.digits import write_digits
@@ -94,4 +95,4 @@ def places() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("demo.py", main))

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
+from pretrain.command_line import Parser, exit_status
 from pretrain.data.index import build_index
 from pretrain.data.shards import list_shards
 from pretrain.data.sources import (
@@ -28,9 +29,7 @@ from pretrain.errors import InputError
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", nargs="?", type=Path, help="image folder (sub-folders are classes), or a list")
     parser.add_argument("dst", nargs="?", type=Path, help="folder for the shards")
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
@@ -86,19 +85,20 @@ def lines(samples: Iterable[PackedSample], total: int) -> Iterator[PackedSample]
             print(f"{count} of {total}", file=sys.stderr, flush=True)
 
 
-def main() -> int:
-    """Run; the exit status."""
+def run() -> int:
+    """Pack, or index."""
     options = parse()
-    try:
-        if options.index:
-            shards = list_shards(options.index, "--index")
-            print(f"{sum(map(build_index, shards))} samples in {len(shards)} shards indexed")
-        else:
-            print(pack(options))
-    except (InputError, OSError) as error:
-        print(f"pack.py: {error}", file=sys.stderr)
-        return 2
+    if options.index:
+        shards = list_shards(options.index, "--index")
+        print(f"{sum(map(build_index, shards))} samples in {len(shards)} shards indexed")
+    else:
+        print(pack(options))
     return 0
+
+
+def main() -> int:
+    """The exit status of the command."""
+    return exit_status("pack.py", run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,31 @@
+"""What every command does with wrong input: one line on stderr, exit status 2, no traceback."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from pretrain.errors import InputError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises its complaints as `InputError`: one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint, with the way to the help."""
+        raise InputError(f"command line: {message} ({self.prog} --help)")
+
+
+def exit_status(program: str, command: Callable[[], int]) -> int:
+    """The status of a command; wrong input and files that cannot be used end it with one line."""
+    try:
+        return command()
+    except (InputError, OSError) as error:
+        print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
