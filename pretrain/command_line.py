@@ -1,13 +1,14 @@
-"""What every command does with wrong input: one line on stderr, exit status 2, no traceback."""
+"""What every command does with an error that a person is meant to read: one line on stderr, no traceback."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pretrain.errors import InputError
+from pretrain.errors import InputError, TrainingError
 
 USAGE_ERROR = 2
+TRAINING_ERROR = 3
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -26,6 +27,9 @@ def exit_status(program: str, command: Callable[[], int]) -> int:
     except (InputError, OSError) as error:
         print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
         return USAGE_ERROR
+    except TrainingError as error:
+        print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return TRAINING_ERROR
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -1,5 +1,9 @@
-"""The error that means: what the user gave is wrong, and one line says how."""
+"""The errors that a person is meant to read: each is shown as one line, without a traceback."""
 
 
 class InputError(ValueError):
-    """Wrong input. The command line prints its text as one line and exits with status 2; no traceback."""
+    """Wrong input: a config, a file or the command line. Exit status 2."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, although everything it was given is well-formed. Exit status 3."""

@@ -19,11 +19,14 @@ from pretrain.data.labelled import labelled_batches
 from pretrain.data.loader import TrainLoader
 from pretrain.engines.base import Engine
 from pretrain.engines.single import SingleEngine
+from pretrain.errors import TrainingError
 from pretrain.export import write_export
 from pretrain.method.dinov2 import DinoV2
 from pretrain.optim.schedules import Schedules
 from pretrain.run.checkpoint import Checkpoints
+from pretrain.run.lock import RunLock
 from pretrain.run.metrics import Averages, MetricLog, Throughput
+from pretrain.run.preemption import STOPPED, Preemption
 from pretrain.run.progress import Progress
 from pretrain.start import build_branches, load_start, record_run, run_facts
 
@@ -45,18 +48,27 @@ class Run:
 
 
 def main(cfg: Config) -> int:
-    """Train a run to its last step from wherever it stands; the process's exit status."""
-    run = build(cfg)
-    if run.step >= cfg.run.steps:
-        print(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
-        return 0
-    with Progress(cfg.run.steps, run.step) as progress:
-        metrics = MetricLog(run.folder, cfg.log.tensorboard, run.step)
-        try:
-            run_loop(run, metrics, progress)
-        finally:
-            metrics.close()
-    return 0
+    """Train a run to its last step from wherever it stands.
+
+    Returns:
+        The process's exit status: 0 when the run is finished, `STOPPED` when a signal ended it after a save.
+
+    Raises:
+        InputError: the config, the data or the run folder cannot be used.
+        TrainingError: the loss or the gradients were not finite for `optim.max_bad_steps` steps.
+    """
+    with RunLock(Path(cfg.run.dir)), Preemption() as preemption:
+        run = build(cfg)
+        if run.step >= cfg.run.steps:
+            print(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
+            return 0
+        with Progress(cfg.run.steps, run.step) as progress:
+            metrics = MetricLog(run.folder, cfg.log.tensorboard, run.step)
+            try:
+                run_loop(run, metrics, progress, preemption)
+            finally:
+                metrics.close()
+    return 0 if run.step >= cfg.run.steps else STOPPED
 
 
 def build(cfg: Config) -> Run:
@@ -74,7 +86,7 @@ def build(cfg: Config) -> Run:
     return Run(cfg, folder, engine, method, loader, Schedules(cfg), checkpoints, step)
 
 
-def run_loop(run: Run, metrics: MetricLog, progress: Progress) -> None:
+def run_loop(run: Run, metrics: MetricLog, progress: Progress, preemption: Preemption) -> None:
     """The training loop: one optimizer step per turn, over one or several micro-batches."""
     cfg, engine, method = run.cfg, run.engine, run.method
     averages, throughput = Averages(), Throughput()
@@ -89,28 +101,36 @@ def run_loop(run: Run, metrics: MetricLog, progress: Progress) -> None:
         weights = [batch.mask_weights for batch in micro_batches]
         targets = method.targets(outputs, weights, values.teacher_temp, step)
 
-        last = len(micro_batches) - 1
+        parts, last = [], len(micro_batches) - 1
         for i, (batch, target) in enumerate(zip(micro_batches, targets, strict=True)):
             terms = method.losses(engine.student(batch), target, batch)
             engine.backward(terms.total / len(micro_batches), last=i == last)
-            averages.add(prefixed("loss", terms.parts))
+            parts.append(prefixed("loss", terms.parts))
 
-        averages.add(prefixed("grad_norm", engine.step()))
+        result = engine.step()  # a bad step changes nothing: see engines/guard.py
+        method.commit(result.good)
         engine.update_teacher(values.momentum)
+
+        for values_by_name in (*parts, prefixed("grad_norm", result.grad_norms)):
+            averages.add(values_by_name, result.good)
 
         run.step = step + 1
         throughput.add(cfg.optim.global_batch_size)
         if due(run, cfg.log.every):
             scalars = averages.means() | prefixed("schedule", asdict(values))  # the loop's only host sync
             scalars["images_per_s"] = throughput.rate()
-            metrics.write(run.step, scalars)
+            metrics.write(run.step, scalars | check_bad_steps(run))
             progress.update(run.step, scalars)
-        if due(run, cfg.checkpoint.every):
+        stop = preemption.requested()
+        if stop or due(run, cfg.checkpoint.every):
             save_checkpoint(run)
         if due(run, cfg.checkpoint.export_every):
             export_teacher(run)
         if due(run, cfg.log.knn.every):
             evaluate(run, metrics, progress)
+        if stop:
+            progress.say(f"step {run.step}: {preemption.reason}; saved, the same command continues")
+            break
 
 
 def prefixed(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -121,6 +141,23 @@ def prefixed(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
 def due(run: Run, every: int) -> bool:
     """Whether something done every `every` steps is due: then, and after the last step."""
     return run.step == run.cfg.run.steps or (every > 0 and run.step % every == 0)
+
+
+def check_bad_steps(run: Run) -> dict[str, float]:
+    """The number of skipped steps, for the log.
+
+    Raises:
+        TrainingError: there were too many in a row.
+    """
+    total, in_a_row = run.engine.bad_steps()
+    if in_a_row >= run.cfg.optim.max_bad_steps:
+        raise TrainingError(
+            f"{run.folder}: {in_a_row} steps in a row up to step {run.step} were skipped, their loss or "
+            "gradients not finite or a spike. The weights are still those of step "
+            f"{run.step - in_a_row}. Look at the data, lower optim.lr, or continue from an earlier "
+            "checkpoint (checkpoint.resume_from)"
+        )
+    return {"bad_steps": total}
 
 
 def save_checkpoint(run: Run) -> None:

@@ -16,14 +16,21 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery"},
     {"analysis"},
-    {"start", "train", "job", "cli", "__main__"},
+    {"start", "train", "dry_run", "job", "cli", "__main__"},
 ]
 ARROWS = {
     *{(name, "errors") for name in ("config", "distributed", "cluster", "command_line")},
     ("cluster", "config"),
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
     *{("engines", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
-    *{("train", "start"), ("job", "train"), ("cli", "train"), ("__main__", "cli")},
+    *{
+        ("train", "start"),
+        ("dry_run", "start"),
+        ("cli", "dry_run"),
+        ("job", "train"),
+        ("cli", "train"),
+        ("__main__", "cli"),
+    },
 }
 NO_TORCH = [
     *("config", "cluster", "cli", "command_line", "seeding", "errors"),
@@ -31,6 +38,7 @@ NO_TORCH = [
 ]
 NESTED = {  # only for speed: these answer before torch is imported
     ("pretrain.cli", "pretrain.train"),
+    ("pretrain.cli", "pretrain.dry_run"),
     ("pretrain.seeding", "torch"),
 }
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}

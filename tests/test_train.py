@@ -1,7 +1,6 @@
 """Whole runs on real shards: exact resume after a kill; workers and accumulation change nothing."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -16,9 +15,11 @@ import torch
 from pretrain.config.load import load_config, save_config
 from pretrain.config.schema import Config
 from pretrain.data.digits import write_digits
-from pretrain.errors import InputError
+from pretrain.data.loader import TrainLoader
+from pretrain.errors import InputError, TrainingError
 from pretrain.export import read_export
 from pretrain.models.vit import VisionTransformer
+from pretrain.run.preemption import STOPPED
 from pretrain.train import build, main
 
 ROOT = Path(__file__).parent.parent
@@ -83,15 +84,14 @@ def start(cfg: Config, path: Path) -> subprocess.Popen:
         )
 
 
-def kill_after(process: subprocess.Popen, metrics: Path, lines: int) -> None:
-    """kill -9 as soon as the run has written that many metric lines."""
+def signal_after(process: subprocess.Popen, metrics: Path, lines: int, number: signal.Signals) -> None:
+    """Send a signal as soon as the run has written that many metric lines."""
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < lines:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
 
 
 @pytest.mark.parametrize("heads", [(), RMLP], ids=["mlp", "rmlp"])
@@ -101,7 +101,9 @@ def test_a_killed_run_continues_bit_for_bit(shards, tmp_path, heads):
 
     killed = config(shards, tmp_path / "killed", "data.workers=1", *heads)
     process = start(killed, tmp_path / "killed.yaml")
-    kill_after(process, tmp_path / "killed" / "metrics.jsonl", random.randint(1, STEPS - 2))
+    lines = random.randint(1, STEPS - 2)
+    signal_after(process, tmp_path / "killed" / "metrics.jsonl", lines, signal.SIGKILL)
+    process.wait()
     assert not (tmp_path / "killed" / "checkpoints" / f"step_{STEPS:08d}").exists()
     assert main(replace(killed, data=replace(killed.data, workers=0))) == 0
 
@@ -180,6 +182,54 @@ def test_another_global_batch_is_refused(shards, tmp_path):
     main(config(shards, tmp_path / "run", "run.steps=3"))
     with pytest.raises(InputError, match=r"optim.global_batch_size: .* 16 images a step, here are 8"):
         build(config(shards, tmp_path / "run", "run.steps=6", "optim.global_batch_size=8"))
+
+
+def test_a_signal_saves_at_the_step_boundary_and_the_run_continues(shards, tmp_path):
+    whole = config(shards, tmp_path / "whole", "checkpoint.every=1000")
+    stopped = replace(whole, run=replace(whole.run, dir=str(tmp_path / "stopped")))
+    assert main(whole) == 0
+    process = start(stopped, tmp_path / "stopped.yaml")
+    signal_after(process, tmp_path / "stopped" / "metrics.jsonl", 3, signal.SIGUSR2)
+    assert process.wait() == STOPPED, (tmp_path / "stopped.log").read_text()
+    assert "stopped by SIGUSR2; saved" in (tmp_path / "stopped.log").read_text()
+    saved = len(metric_lines(tmp_path / "stopped"))
+    assert 3 <= saved < STEPS
+    assert (tmp_path / "stopped" / "checkpoints" / f"step_{saved:08d}" / "COMPLETE").exists()
+    assert not (tmp_path / "stopped" / "run.lock").exists()
+    assert main(stopped) == 0
+    actual = tensors(stopped)
+    assert all(torch.equal(value, actual[key]) for key, value in tensors(whole).items())
+
+
+def test_a_second_process_on_the_run_is_refused(shards, tmp_path):
+    cfg = config(shards, tmp_path / "run", "run.steps=100000", "checkpoint.every=100000")
+    process = start(cfg, tmp_path / "run.yaml")
+    signal_after(process, tmp_path / "run" / "metrics.jsonl", 1, signal.SIGCONT)
+    with pytest.raises(InputError, match=f"process {process.pid} on .* is training in this folder"):
+        main(cfg)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_a_run_without_good_steps_ends_with_one_clear_error(shards, tmp_path, monkeypatch):
+    steps = TrainLoader.steps
+
+    def poisoned(self, first, last):
+        for step, batches in steps(self, first, last):
+            bad = [replace(b, global_crops=b.global_crops * torch.nan) for b in batches]
+            yield step, bad if step >= 4 else batches
+
+    monkeypatch.setattr(TrainLoader, "steps", poisoned)
+    cfg = config(shards, tmp_path / "run", "optim.max_bad_steps=3")
+    with pytest.raises(TrainingError, match=r"3 steps in a row up to step 7 .* still those of step 4"):
+        main(cfg)
+    lines = metric_lines(tmp_path / "run")
+    assert [line["bad_steps"] for line in lines] == [0, 0, 0, 0, 1, 2]
+    assert lines[4]["loss/total"] is None
+    monkeypatch.undo()
+    assert main(cfg) == 0  # from the checkpoint of step 4
+    assert tensors(cfg)["model/guard.bad_steps"] == 0
 
 
 def test_resume_from_another_run(shards, tmp_path):

@@ -22,12 +22,12 @@ BOUNDS = (
         lambda value: value >= 1,
         """
         run.steps model.embed_dim model.depth model.num_heads model.patch_size model.img_size
-        model.in_channels dino_head.hidden_dim dino_head.bottleneck_dim dino_head.num_layers
-        ibot_head.hidden_dim ibot_head.bottleneck_dim ibot_head.num_layers loss.sinkhorn_iterations
-        data.open_shards data.group_size data.prefetch data.global_crops.size data.local_crops.size
-        data.local_crops.number mask.min_patches optim.global_batch_size engine.accumulation_steps
-        checkpoint.every checkpoint.keep checkpoint.export_every log.every log.knn.k log.knn.resize
-        log.knn.crop log.knn.batch_size
+        model.in_channels optim.max_bad_steps dino_head.hidden_dim dino_head.bottleneck_dim
+        dino_head.num_layers ibot_head.hidden_dim ibot_head.bottleneck_dim ibot_head.num_layers
+        loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.global_crops.size
+        data.local_crops.size data.local_crops.number mask.min_patches optim.global_batch_size
+        engine.accumulation_steps checkpoint.every checkpoint.keep checkpoint.export_every log.every log.knn.k
+        log.knn.resize log.knn.crop log.knn.batch_size
         """,
     ),
     Bound("at least 2", lambda value: value >= 2, "dino_head.prototypes ibot_head.prototypes rmlp.outputs"),
@@ -39,7 +39,8 @@ BOUNDS = (
         rmlp.start_step loss.dino_weight loss.ibot_weight loss.koleo_weight teacher.temp_warmup_steps
         data.workers data.augment.brightness data.augment.contrast data.augment.saturation optim.min_lr
         optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
-        optim.clip_grad_norm optim.freeze_last_layer_steps checkpoint.keep_every log.knn.every
+        optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps checkpoint.keep_every
+        log.knn.every
         """,
     ),
     Bound(

@@ -182,6 +182,8 @@ class OptimConfig:
     layerwise_decay: float = 0.9  # lr factor per block from the top down (DINOv2 long: 1.0)
     patch_embed_lr_mult: float = 0.2  # lr factor of the patch embedding, on top of the layerwise one
     clip_grad_norm: float = 3.0  # per sub-module (backbone, each head); 0 = off
+    spike_factor: float = 0.0  # skip a step whose loss exceeds this many times its running mean; 0 = never
+    max_bad_steps: int = 10  # skipped steps in a row (not finite, or a spike) that end the run
     freeze_last_layer_steps: int = 1_250  # the prototypes' lr is 0 before this step
 
 

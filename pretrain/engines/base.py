@@ -3,7 +3,7 @@
 The loop owns the order of calls, the method the mathematics, the loader the position.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,13 @@ from pretrain.batch import Batch
 from pretrain.method.outputs import BranchOutput
 from pretrain.models.vit import Features
 from pretrain.optim.schedules import StepValues
+
+
+class StepResult(NamedTuple):
+    """What a step reports, on the device."""
+
+    grad_norms: dict[str, Tensor]  # before clipping, per sub-module
+    good: Tensor  # bool; a bad step has changed nothing
 
 
 class Engine(Protocol):
@@ -34,11 +41,14 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the gradients of a micro-batch; `last` marks the last one of the step."""
 
-    def step(self) -> dict[str, Tensor]:
-        """Clip, update the student, drop the gradients; norms before clipping, per sub-module, on device."""
+    def step(self) -> StepResult:
+        """Clip, judge the step, update the student if it is good, drop the gradients."""
 
     def update_teacher(self, momentum: float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student."""
+        """teacher = momentum * teacher + (1 - momentum) * student, after a good step."""
+
+    def bad_steps(self) -> tuple[int, int]:
+        """Steps skipped so far, and how many of them in a row just now; waits for the device."""
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """The tensors to resume from: `model` (both branches, the method) and `optim` (by parameter name)."""

@@ -30,3 +30,12 @@ def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
         for name, parameter in zip(group["names"], group["params"], strict=True)
         for moment, value in optimizer.state[parameter].items()
     }
+
+
+def step_unless(bad: Tensor, optimizer: torch.optim.AdamW) -> None:
+    """One optimizer step; `bad`, a bool scalar on the device, leaves parameters, moments and counts alone.
+
+    The fused kernel reads the flag where a gradient scaler would leave it; nothing waits for the device.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+    optimizer.step()

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch
 from pretrain.config.schema import EngineConfig, OptimConfig
-from pretrain.engines.optimizer import build_adamw, optimizer_tensors
+from pretrain.engines.base import StepResult
+from pretrain.engines.guard import StepGuard
+from pretrain.engines.optimizer import build_adamw, optimizer_tensors, step_unless
 from pretrain.method.branch import SSLBranch, branch_output
 from pretrain.method.outputs import BranchOutput
 from pretrain.models.vit import Features
@@ -35,6 +37,9 @@ class SingleEngine:
         self.clip_grad_norm = optim.clip_grad_norm
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=engine.precision == "bf16")
         self.optimizer = build_adamw(student, optim)
+        self.guard = StepGuard(optim.spike_factor).to(device)
+        self.loss = torch.zeros((), device=device)
+        self.good = torch.ones((), dtype=torch.bool, device=device)
         self.clip_units = _parameters_by_child(student)
         self.ema_pairs: tuple[list[Tensor], list[Tensor]] = [*teacher.parameters()], [*student.parameters()]
 
@@ -65,25 +70,35 @@ class SingleEngine:
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """See `Engine`."""
         loss.backward()
+        self.loss += loss.detach()
 
-    def step(self) -> dict[str, Tensor]:
+    def step(self) -> StepResult:
         """See `Engine`."""
-        norms = {}
-        for name, parameters in self.clip_units.items():
-            norms[name] = clip_gradients(parameters, self.clip_grad_norm)
-        self.optimizer.step()
+        norms = {
+            name: clip_gradients(parameters, self.clip_grad_norm)
+            for name, parameters in self.clip_units.items()
+        }
+        self.good = self.guard.check(self.loss, norms.values())
+        step_unless(~self.good, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        return norms
+        self.loss.zero_()
+        return StepResult(norms, self.good)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """See `Engine`."""
         teacher, student = self.ema_pairs
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        weight = (1 - momentum) * self.good  # 0 after a bad step
+        torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
+
+    def bad_steps(self) -> tuple[int, int]:
+        """See `Engine`."""
+        total, in_a_row = torch.stack([self.guard.bad_steps, self.guard.bad_run]).tolist()
+        return int(total), int(in_a_row)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """See `Engine`."""
-        parts = {**self.branches, "method": self.method}
+        parts = {**self.branches, "method": self.method, "guard": self.guard}
         model = {f"{name}.{key}": value for name, m in parts.items() for key, value in m.state_dict().items()}
         return {"model": model, "optim": optimizer_tensors(self.optimizer)}
 

@@ -35,10 +35,11 @@ class SoftmaxCenter(nn.Module):
     def __init__(self, num_prototypes: int, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
+        self.pending: Tensor | None = None
         self.register_buffer("center", torch.zeros(num_prototypes))
 
     def offset(self, projections: Sequence[Projection], weights: Sequence[Tensor], temp: float) -> Tensor:
-        """The offset (K,) of this step; its logits enter the centre for the steps after it.
+        """The offset (K,) of this step; its logits enter the centre at `commit`, for the steps after it.
 
         Args:
             projections: the teacher's output for each micro-batch.
@@ -52,8 +53,14 @@ class SoftmaxCenter(nn.Module):
             total, count = total + part, count + rows
         total, count = all_sum(total), all_sum(count)
         mean = torch.where(count > 0, total / count.clamp(min=1), self.center)
-        self.center = self.center * self.momentum + mean * (1 - self.momentum)
+        self.pending = self.center * self.momentum + mean * (1 - self.momentum)
         return offset
+
+    def commit(self, good: Tensor) -> None:
+        """End of the step: take over the new centre if the step was good (a bool scalar on the device)."""
+        if self.pending is not None:
+            self.center = torch.where(good, self.pending, self.center)
+        self.pending = None
 
 
 def sinkhorn_offset(

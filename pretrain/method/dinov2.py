@@ -83,6 +83,12 @@ class DinoV2(nn.Module):
         in_use = randomized if randomized in self.centers and step >= self.rmlp_start else loss
         return cast(SoftmaxCenter, self.centers[in_use]).offset(projections, weights, temp)
 
+    @torch.no_grad()
+    def commit(self, good: Tensor) -> None:
+        """End of a step: the centres take in its logits, unless the step was bad."""
+        for center in self.centers.values():
+            cast(SoftmaxCenter, center).commit(good)
+
     def losses(self, student: BranchOutput, targets: Targets, batch: Batch) -> LossTerms:
         """The loss of one micro-batch and its unweighted parts."""
         size, groups = batch.num_images, batch.num_images // batch.group_size

@@ -21,26 +21,32 @@ class Averages:
     def __init__(self) -> None:
         """No values yet."""
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one value per name: tensors with one element, all on one device; summed in fp32."""
+    def add(self, values: Mapping[str, Tensor], good: Tensor | bool = True) -> None:
+        """Add one value per name: tensors with one element, all on one device; summed in fp32.
+
+        Args:
+            values: by name.
+            good: a bool, or a bool scalar on the device; values of a step that was skipped do not count.
+        """
         for name, value in values.items():
             value = value.detach().float().reshape(())
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-            self._counts[name] = self._counts.get(name, 0) + 1
+            counts = torch.ones_like(value) * good
+            value = torch.where(counts > 0, value, 0.0)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def means(self) -> dict[str, float]:
-        """The mean of each name over the times it was added, which are then forgotten.
+        """The mean of each name over the times it was added, which are then forgotten; NaN if none counted.
 
         One copy from device to host: the only point of the training loop where the host waits for the device.
         """
         if not self._sums:
             return {}
-        sums = torch.stack(list(self._sums.values())).tolist()
-        means = {name: s / self._counts[name] for name, s in zip(self._sums, sums, strict=True)}
-        self._sums, self._counts = {}, {}
-        return means
+        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()]).tolist()
+        names, self._sums, self._counts = list(self._sums), {}, {}
+        return dict(zip(names, means, strict=True))
 
 
 class Throughput:

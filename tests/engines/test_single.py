@@ -32,9 +32,10 @@ def train_step(engine, method, cfg, batches, step):
         terms = method.losses(engine.student(batch), target, batch)
         engine.backward(terms.total / len(batches))
         total += terms.total.item() / len(batches)
-    norms = engine.step()
+    result = engine.step()
+    method.commit(result.good)
     engine.update_teacher(values.momentum)
-    return total, norms
+    return total, result.grad_norms
 
 
 def joined(batches):

@@ -13,6 +13,8 @@ from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
 from pretrain.projection import Projection
 
+GOOD = torch.tensor(True)
+
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -123,6 +125,8 @@ def test_padding_enters_neither_sinkhorn_nor_the_centre():
     one, two = SoftmaxCenter(12, 0.9), SoftmaxCenter(12, 0.9)
     one.offset([whole], [weights], 0.1)
     two.offset([valid], [torch.ones(15)], 0.1)
+    one.commit(GOOD)
+    two.commit(GOOD)
     torch.testing.assert_close(one.center, two.center)
 
 
@@ -144,10 +148,24 @@ def test_centre_follows_the_mean_and_acts_on_the_next_step():
     projection, center = projections(20), SoftmaxCenter(12, 0.9)
     first = center.offset([projection], [torch.ones(20)], 0.05)
     assert not first.any()
+    center.commit(GOOD)
     mean = projection.logits().mean(0)
     second = center.offset([projection], [torch.ones(20)], 0.05)
+    center.commit(GOOD)
     torch.testing.assert_close(second, -0.1 * mean / 0.05)
     torch.testing.assert_close(center.center, (0.9 * 0.1 + 0.1) * mean)
+
+
+def test_a_bad_step_leaves_the_centre():
+    projection, center = projections(20), SoftmaxCenter(12, 0.9)
+    center.offset([projection], [torch.ones(20)], 0.05)
+    center.commit(GOOD)
+    before = center.center.clone()
+    center.offset(
+        [Projection(projection.features * torch.nan, projection.prototypes)], [torch.ones(20)], 0.05
+    )
+    center.commit(~GOOD)
+    assert torch.equal(center.center, before)
 
 
 def _rank(rank: int, store: str, results) -> None:
@@ -156,6 +174,7 @@ def _rank(rank: int, store: str, results) -> None:
     weights = [torch.ones(len(part.features))]
     center = SoftmaxCenter(12, 0.9)
     center.offset([part], weights, 0.3)
+    center.commit(GOOD)
     results[rank] = sinkhorn_offset([part], weights, 0.3, 3).tolist(), center.center.tolist()
     dist.destroy_process_group()
 
@@ -167,6 +186,7 @@ def test_two_ranks_with_unequal_rows_equal_one(tmp_path):
         ranks = dict(results)
     whole, center = projections(20), SoftmaxCenter(12, 0.9)
     center.offset([whole], [torch.ones(20)], 0.3)
+    center.commit(GOOD)
     offset = sinkhorn_offset([whole], [torch.ones(20)], 0.3, 3)
     for rank in (0, 1):
         torch.testing.assert_close(torch.tensor(ranks[rank][0]), offset, rtol=1e-5, atol=1e-5)

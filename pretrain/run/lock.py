@@ -1,0 +1,134 @@
+"""One process at a time on a run folder, on any file system.
+
+The lock is a file made with O_EXCL, which is atomic on NFS too; locks of the kernel (flock) are not reliable
+there. Its owner rewrites its time of change every few seconds. After a kill it stays behind: on the same
+machine the process table tells, on another one a lock that is not touched for `STALE_SECONDS` has no owner
+any more. Only changes of the time stamp count, so clocks need not agree.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pretrain.errors import InputError
+
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 45.0  # several heartbeats: a network disk may show a change late
+
+
+class RunLock:
+    """Held while entered; another holder means an `InputError`."""
+
+    def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS) -> None:
+        self.folder, self.path, self.stale_seconds = folder, folder / "run.lock", stale_seconds
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Take the lock, over the one of a dead process if need be.
+
+        Raises:
+            InputError: another process is at work on the folder, or the folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                self._remove_if_dead()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: cannot be used as a run folder ({error}); set run.dir"
+            ) from error
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the lock back."""
+        self._stop.set()
+        self._heart.join()
+        if _read(self.path) == self.owner:
+            self.path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        try:
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            json.dump(self.owner, file)
+        return True
+
+    def _remove_if_dead(self) -> None:
+        """Remove a lock without an owner, or raise; a rename does it, so that one of two rivals succeeds."""
+        holder = _read(self.path)
+        if self._alive(holder):
+            place = f"process {holder.get('pid')} on {holder.get('host')}"
+            raise InputError(
+                f"{self.folder}: {place} is training in this folder; wait for it, stop it, or set "
+                "another run.dir"
+            )
+        grave = self.path.with_name(f"run.lock.{self.owner['host']}.{self.owner['pid']}")
+        with suppress(FileNotFoundError):
+            self.path.replace(grave)
+            if _read(grave) != holder:  # a rival was faster, and this is its new lock
+                grave.replace(self.path)
+            grave.unlink(missing_ok=True)
+
+    def _alive(self, holder: dict[str, Any]) -> bool:
+        if holder.get("host") == self.owner["host"]:
+            return _started(holder.get("pid")) == holder.get("started")
+        return self._touched_while_watched()
+
+    def _touched_while_watched(self) -> bool:
+        """Whether the lock's time stamp changes within the time that a living owner needs to touch it."""
+        first, deadline = _changed(self.path), time.monotonic() + self.stale_seconds
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self.stale_seconds / 10))
+            if _changed(self.path) != first:
+                return True
+        return False
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self.path)
+            except OSError:
+                continue  # a network disk that is away for a while
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The owner; empty when the file is gone, damaged or not written yet."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def _started(pid: object) -> str:
+    """When a process of this machine started, in ticks since boot; "" if it runs no more.
+
+    A reused process number has another time. Without /proc (macOS) every running process answers "running".
+    """
+    try:
+        if not Path("/proc/self/stat").exists():
+            os.kill(int(str(pid)), 0)
+            return "running"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, ValueError):
+        return ""

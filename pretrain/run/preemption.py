@@ -1,0 +1,43 @@
+"""Signals that end a run in good order: finish the step, save, exit with a status of its own."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+STOPPED = 75  # exit status: a checkpoint was saved, the same command continues (EX_TEMPFAIL of sysexits.h)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Preemption:
+    """The first signal sets a flag that the loop reads between steps; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        """Take over the signals of `SIGNALS`."""
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def requested(self) -> bool:
+        """Whether the run should save and stop."""
+        return self.received is not None
+
+    @property
+    def reason(self) -> str:
+        """What happened, for people."""
+        return f"stopped by {self.received.name}" if self.received else "not stopped"
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
