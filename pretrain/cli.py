@@ -26,16 +26,27 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     for line in warnings(cfg):
         print(f"pretrain: warning: {line}", file=sys.stderr)
-    return _train(cfg)
+    return _dry_run(cfg) if options.dry_run else _train(cfg)
+
+
+def _dry_run(cfg: Config) -> int:
+    _let_threads_sleep()
+    from pretrain import dry_run
+
+    return dry_run.dry_run(cfg)
 
 
 def _train(cfg: Config) -> int:
-    # OpenMP reads this when torch is loaded. On shared cores, threads that spin while one is descheduled
-    # slowed a CPU run down five to ten times; threads that sleep cost a few percent on an idle one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _let_threads_sleep()
     from pretrain import train  # torch takes seconds to import
 
     return train.main(cfg)
+
+
+def _let_threads_sleep() -> None:
+    # OpenMP reads this when torch is loaded. On shared cores, threads that spin while one is descheduled
+    # slowed a CPU run down five to ten times; threads that sleep cost a few percent on an idle one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -53,6 +64,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="*",
         default=[],
         help="settings to change, such as optim.lr=0.001",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build the run, time three steps on noise, write nothing"
     )
     parser.add_argument("--print-config", action="store_true", help="print the complete config and stop")
     return parser.parse_intermixed_args(arguments)

@@ -40,7 +40,9 @@ def build_branches(
     if cfg.model.init_from:
         load_backbone(student.backbone, Path(cfg.model.init_from))
     teacher.load_state_dict(student.state_dict())
-    return student, teacher, DinoV2(cfg)
+    match cfg.method.kind:
+        case "dinov2":
+            return student, teacher, DinoV2(cfg)
 
 
 # What must agree besides the tensors' shapes: the same weights would compute another function.
@@ -73,8 +75,18 @@ def load_backbone(backbone: VisionTransformer, path: Path) -> None:
     backbone.load_state_dict(export.state)
 
 
-def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints) -> int:
-    """Bring the engine to the state that the run starts from; the number of optimizer steps done."""
+def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, num_samples: int) -> int:
+    """Bring the engine to the state that the run starts from; the number of optimizer steps done.
+
+    Args:
+        cfg: of the run.
+        engine: with initial weights.
+        checkpoints: of the run's folder.
+        num_samples: images in the data set; another number than before is said, not refused.
+
+    Raises:
+        InputError: the checkpoint is damaged, of another model, or of another global batch size.
+    """
     # 1. this run's newest checkpoint; 2. checkpoint.resume_from;
     # 3. model.init_from; 4. random weights: the last two are in the branches already.
     source = checkpoints.newest()
@@ -83,8 +95,13 @@ def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints) -> int:
     if source is None:
         return 0
     state = engine.state_dict()
-    _, facts = load_checkpoint(source, state)
+    data, facts = load_checkpoint(source, state)
     engine.load_state_dict(state)
+    if (data["seed"], data["num_samples"]) != (cfg.run.seed, num_samples):
+        print(
+            f"changed since {source}: seed {data['seed']}, {data['num_samples']} samples are now seed "
+            f"{cfg.run.seed}, {num_samples} samples; the order of the data is another one from here on"
+        )
     if facts["global_batch_size"] != cfg.optim.global_batch_size:
         raise InputError(
             f"optim.global_batch_size: {source} was trained with {facts['global_batch_size']} images a step, "
@@ -97,11 +114,18 @@ def record_run(cfg: Config, folder: Path) -> None:
     """Write the run's config and environment; say what changed since its last start."""
     config = folder / "config.yaml"
     if config.exists():
-        for change in diff_configs(load_config(config), cfg):
+        for change in _changes(config, cfg):
             print(f"changed since the last start: {change}")
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, config)
     (folder / "environment.txt").write_text(describe())
+
+
+def _changes(config: Path, cfg: Config) -> list[str]:
+    try:
+        return diff_configs(load_config(config), cfg)
+    except InputError as error:  # written by another version: no reason not to go on
+        return [f"the config, which cannot be compared ({error})"]
 
 
 def run_facts(cfg: Config, step: int) -> dict[str, Any]:

@@ -4,33 +4,30 @@ The file to read first. The loop owns the order of things, the engine execution,
 loader the position in the data.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
 
-from torch import Tensor
+import torch
 
 from pretrain import distributed
-from pretrain.analysis.features import knn_scores
+from pretrain.batch import Batch
 from pretrain.config.derived import micro_batch_size
-from pretrain.config.schema import Config, DataConfig, KnnConfig
-from pretrain.data.labelled import labelled_batches
+from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
-from pretrain.engines.base import Engine
+from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.single import SingleEngine
-from pretrain.errors import TrainingError
+from pretrain.errors import InputError
 from pretrain.export import write_export
 from pretrain.method.dinov2 import DinoV2
-from pretrain.optim.schedules import Schedules
+from pretrain.method.outputs import Observation, share_prototypes
+from pretrain.optim.schedules import Schedules, StepValues
+from pretrain.report import Report
 from pretrain.run.checkpoint import Checkpoints
 from pretrain.run.lock import RunLock
-from pretrain.run.metrics import Averages, MetricLog, Throughput
 from pretrain.run.preemption import STOPPED, Preemption
-from pretrain.run.progress import Progress
+from pretrain.run.profiling import PhaseTimer, StepProfiler
 from pretrain.start import build_branches, load_start, record_run, run_facts
-
-Value = TypeVar("Value", Tensor, float)
 
 
 @dataclass
@@ -62,12 +59,13 @@ def main(cfg: Config) -> int:
         if run.step >= cfg.run.steps:
             print(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
             return 0
-        with Progress(cfg.run.steps, run.step) as progress:
-            metrics = MetricLog(run.folder, cfg.log.tensorboard, run.step)
-            try:
-                run_loop(run, metrics, progress, preemption)
-            finally:
-                metrics.close()
+        try:
+            with Report(cfg, run.engine, run.step) as report:
+                run_loop(run, report, preemption)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"the device's memory is full; raise engine.accumulation_steps ({error})"
+            ) from error
     return 0 if run.step >= cfg.run.steps else STOPPED
 
 
@@ -78,64 +76,75 @@ def build(cfg: Config) -> Run:
     micro_batch = micro_batch_size(cfg, world_size)
     loader = TrainLoader(cfg, device, micro_batch, rank, world_size)
     student, teacher, method = build_branches(cfg, device, micro_batch)
-    engine = SingleEngine(student, teacher, method, cfg.optim, cfg.engine, device)
+    match cfg.engine.kind:
+        case "single":
+            engine = SingleEngine(student, teacher, method, cfg.optim, cfg.engine, device)
     folder = Path(cfg.run.dir)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.keep_every)
-    step = load_start(cfg, engine, checkpoints)
+    step = load_start(cfg, engine, checkpoints, loader.num_samples)
     record_run(cfg, folder)
     return Run(cfg, folder, engine, method, loader, Schedules(cfg), checkpoints, step)
 
 
-def run_loop(run: Run, metrics: MetricLog, progress: Progress, preemption: Preemption) -> None:
-    """The training loop: one optimizer step per turn, over one or several micro-batches."""
-    cfg, engine, method = run.cfg, run.engine, run.method
-    averages, throughput = Averages(), Throughput()
+def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
+    """The training loop: one optimizer step per turn, and what is due after it."""
+    cfg, timer = run.cfg, report.timer
     if run.step == 0 and cfg.log.knn.every:
-        evaluate(run, metrics, progress)
+        report.evaluate(run.step)
+    profiler = StepProfiler(run.folder / "tensorboard", cfg.log.profile_steps, run.step)
 
-    for step, micro_batches in run.loader.steps(run.step, cfg.run.steps):
-        values = run.schedules.at(step)
-        engine.begin_step(step, values)
+    with profiler:
+        for step, micro_batches in timer.each("data", run.loader.steps(run.step, cfg.run.steps)):
+            values = run.schedules.at(step)
+            result, observation = train_step(run, step, values, micro_batches, timer)
+            run.step = step + 1
+            report.add(result, observation)
+            profiler.step(step)
 
-        outputs = [engine.teacher(batch) for batch in micro_batches]
+            if due(run, cfg.log.every):
+                report.write(run.step, values, observation)
+            if preemption.requested() and run.step < cfg.run.steps:
+                save_checkpoint(run)
+                report.progress.say(f"step {run.step}: {preemption.reason}; saved, start again to continue")
+                break
+            if due(run, cfg.checkpoint.export_every):
+                export_teacher(run)
+            if due(run, cfg.log.images.every):
+                report.draw(run.step)
+            if due(run, cfg.log.knn.every):
+                report.evaluate(run.step)
+            if due(run, cfg.checkpoint.every):
+                save_checkpoint(run)  # last: a run that is killed before it does what is missing once more
+
+
+def train_step(
+    run: Run, step: int, values: StepValues, micro_batches: Sequence[Batch], timer: PhaseTimer
+) -> tuple[StepResult, Observation]:
+    """One optimizer step over the micro-batches of a global batch."""
+    engine, method = run.engine, run.method
+    engine.begin_step(step, values)
+
+    with timer.phase("teacher"):
+        outputs = share_prototypes(engine.teacher(batch) for batch in micro_batches)
         weights = [batch.mask_weights for batch in micro_batches]
         targets = method.targets(outputs, weights, values.teacher_temp, step)
 
-        parts, last = [], len(micro_batches) - 1
-        for i, (batch, target) in enumerate(zip(micro_batches, targets, strict=True)):
-            terms = method.losses(engine.student(batch), target, batch)
+    losses, last = [], len(micro_batches) - 1
+    for i, (batch, target) in enumerate(zip(micro_batches, targets, strict=True)):
+        with timer.phase("forward"):
+            student = engine.student(batch)
+            terms = method.losses(student, target, batch)
+        with timer.phase("backward"):
             engine.backward(terms.total / len(micro_batches), last=i == last)
-            parts.append(prefixed("loss", terms.parts))
+        losses.append(terms.parts)
 
+    with timer.phase("optimizer"):
+        every = run.cfg.log.norms_every
+        layer_norms = engine.layer_norms() if every and (step + 1) % every == 0 else {}
         result = engine.step()  # a bad step changes nothing: see engines/guard.py
         method.commit(result.good)
         engine.update_teacher(values.momentum)
-
-        for values_by_name in (*parts, prefixed("grad_norm", result.grad_norms)):
-            averages.add(values_by_name, result.good)
-
-        run.step = step + 1
-        throughput.add(cfg.optim.global_batch_size)
-        if due(run, cfg.log.every):
-            scalars = averages.means() | prefixed("schedule", asdict(values))  # the loop's only host sync
-            scalars["images_per_s"] = throughput.rate()
-            metrics.write(run.step, scalars | check_bad_steps(run))
-            progress.update(run.step, scalars)
-        stop = preemption.requested()
-        if stop or due(run, cfg.checkpoint.every):
-            save_checkpoint(run)
-        if due(run, cfg.checkpoint.export_every):
-            export_teacher(run)
-        if due(run, cfg.log.knn.every):
-            evaluate(run, metrics, progress)
-        if stop:
-            progress.say(f"step {run.step}: {preemption.reason}; saved, the same command continues")
-            break
-
-
-def prefixed(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
-    """The values under names like loss/total, which TensorBoard groups by their first part."""
-    return {f"{prefix}/{name}": value for name, value in values.items()}
+    return result, Observation(losses, layer_norms, student, outputs[-1], targets[-1], micro_batches[-1])
 
 
 def due(run: Run, every: int) -> bool:
@@ -143,27 +152,15 @@ def due(run: Run, every: int) -> bool:
     return run.step == run.cfg.run.steps or (every > 0 and run.step % every == 0)
 
 
-def check_bad_steps(run: Run) -> dict[str, float]:
-    """The number of skipped steps, for the log.
-
-    Raises:
-        TrainingError: there were too many in a row.
-    """
-    total, in_a_row = run.engine.bad_steps()
-    if in_a_row >= run.cfg.optim.max_bad_steps:
-        raise TrainingError(
-            f"{run.folder}: {in_a_row} steps in a row up to step {run.step} were skipped, their loss or "
-            "gradients not finite or a spike. The weights are still those of step "
-            f"{run.step - in_a_row}. Look at the data, lower optim.lr, or continue from an earlier "
-            "checkpoint (checkpoint.resume_from)"
-        )
-    return {"bad_steps": total}
-
-
 def save_checkpoint(run: Run) -> None:
     """Save all that an exact continuation needs."""
-    position = run.step * run.cfg.optim.global_batch_size
-    data = {"seed": run.cfg.run.seed, "epoch": position // run.loader.num_samples, "position": position}
+    position, num_samples = run.step * run.cfg.optim.global_batch_size, run.loader.num_samples
+    data = {
+        "seed": run.cfg.run.seed,
+        "epoch": position // num_samples,
+        "position": position,
+        "num_samples": num_samples,
+    }
     run.checkpoints.save(run.step, run.engine.state_dict(), data, run_facts(run.cfg, run.step))
 
 
@@ -173,29 +170,3 @@ def export_teacher(run: Run) -> Path:
     backbone = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     path = run.folder / "exports" / f"teacher_step_{run.step:08d}.safetensors"
     return write_export(path, backbone, run.cfg.model, {"branch": "teacher", **run_facts(run.cfg, run.step)})
-
-
-def evaluate(run: Run, metrics: MetricLog, progress: Progress) -> None:
-    """k-NN accuracy of the teacher on the labelled shards of `log.knn`, when there are any."""
-    knn, data = run.cfg.log.knn, run.cfg.data
-    if not knn.train:
-        return
-    train, test = knn_batches(knn, data, "train"), knn_batches(knn, data, "test")
-
-    def tokens(images: Tensor) -> tuple[Tensor, Tensor]:
-        features = run.engine.features(images)
-        return features.cls, features.patches
-
-    scores = knn_scores(tokens, train, test, knn)
-    metrics.write(run.step, scores)
-    progress.say(f"step {run.step}: " + "  ".join(f"{name} {value:.1f} %" for name, value in scores.items()))
-
-
-def knn_batches(
-    knn: KnnConfig, data: DataConfig, split: Literal["train", "test"]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of normalised images and labels of one split of `log.knn`."""
-    patterns = knn.train if split == "train" else knn.test
-    return labelled_batches(
-        patterns, f"log.knn.{split}", knn.resize, knn.crop, data.mean, data.std, knn.batch_size
-    )

@@ -16,7 +16,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery"},
     {"analysis"},
-    {"start", "train", "dry_run", "job", "cli", "__main__"},
+    {"start", "report", "train", "dry_run", "job", "cli", "__main__"},
 ]
 ARROWS = {
     *{(name, "errors") for name in ("config", "distributed", "cluster", "command_line")},
@@ -25,6 +25,7 @@ ARROWS = {
     *{("engines", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
     *{
         ("train", "start"),
+        ("train", "report"),
         ("dry_run", "start"),
         ("cli", "dry_run"),
         ("job", "train"),

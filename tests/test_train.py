@@ -19,6 +19,7 @@ from pretrain.data.loader import TrainLoader
 from pretrain.errors import InputError, TrainingError
 from pretrain.export import read_export
 from pretrain.models.vit import VisionTransformer
+from pretrain.run.checkpoint import Checkpoints
 from pretrain.run.preemption import STOPPED
 from pretrain.train import build, main
 
@@ -145,6 +146,39 @@ def test_the_export_is_the_teacher(shards, tmp_path):
         expected, actual = build(cfg).engine.features(images), model([images])[0]
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_killed_before_its_last_checkpoint_still_exports(shards, tmp_path, monkeypatch):
+    cfg = config(shards, tmp_path / "run", "run.steps=4")
+    save = Checkpoints.save
+
+    def killed(self, step, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    exports = tmp_path / "run" / "exports"
+    for path in exports.iterdir():
+        path.unlink()
+    assert main(cfg) == 0
+    assert (exports / "teacher_step_00000004.safetensors").exists()
+
+
+def test_another_data_set_is_named_at_the_next_start(shards, tmp_path, capsys):
+    main(config(shards, tmp_path / "run", "run.steps=3"))
+    build(config(shards, tmp_path / "run", "run.steps=6", f"data.shards=[{shards}/test-*.tar]"))
+    assert "1400 samples are now seed 0, 397 samples" in capsys.readouterr().out
+
+
+def test_a_config_of_another_version_does_not_stop_the_run(shards, tmp_path, capsys):
+    cfg = config(shards, tmp_path / "run", "run.steps=3")
+    main(cfg)
+    with (tmp_path / "run" / "config.yaml").open("a") as file:
+        file.write("\nold_section: {key: 1}\n")
+    assert main(replace(cfg, run=replace(cfg.run, steps=4))) == 0
+    assert "which cannot be compared" in capsys.readouterr().out
 
 
 def test_a_run_starts_from_an_export(shards, tmp_path):

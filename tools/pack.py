@@ -48,10 +48,14 @@ def parse() -> argparse.Namespace:
 
 def pack(options: argparse.Namespace) -> str:
     """Write the shards; the line that sums up."""
-    dst, report, names = options.dst, options.dst / "unreadable.txt", options.dst / "classes.json"
+    dst, report, names = (
+        options.dst,
+        options.dst / f"unreadable-{options.prefix}.txt",
+        options.dst / "classes.json",
+    )
     sources, others = find_sources(options.src)
     known = names.exists() and not options.force  # a second prefix, such as test, shares the class numbers
-    classes = json.loads(names.read_text(encoding="utf-8")) if known else list_classes(sources)
+    classes = read_classes(names) if known else list_classes(sources)
     sources = shuffle_sources(add_labels(sources, classes), options.shuffle_seed)
     if options.group_from:
         sources = add_groups(sources, options.group_from)
@@ -60,6 +64,7 @@ def pack(options: argparse.Namespace) -> str:
     unreadable = [f"{name}\tnot named like an image" for name in others]
     samples = progress(read_sources(sources, unreadable), len(sources))
     shards = write_shards(samples, dst, options.prefix, options.samples_per_shard)
+    report.unlink(missing_ok=True)
     if unreadable:
         report.write_text("\n".join(unreadable) + "\n", encoding="utf-8")
     if not shards:
@@ -69,6 +74,14 @@ def pack(options: argparse.Namespace) -> str:
     packed = len(sources) + len(others) - len(unreadable)
     listed = f" (listed in {report})" if unreadable else ""
     return f"{packed} images in {len(shards)} shards in {dst}; {len(unreadable)} files not packed{listed}"
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names in the order of their numbers, as an earlier prefix wrote them."""
+    try:
+        return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
+    except ValueError as error:
+        raise InputError(f"{path}: not a list of class names ({error}); --force writes it anew") from error
 
 
 def progress(samples: Iterable[PackedSample], total: int) -> Iterable[PackedSample]:

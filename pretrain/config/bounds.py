@@ -27,7 +27,7 @@ BOUNDS = (
         loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.global_crops.size
         data.local_crops.size data.local_crops.number mask.min_patches optim.global_batch_size
         engine.accumulation_steps checkpoint.every checkpoint.keep checkpoint.export_every log.every log.knn.k
-        log.knn.resize log.knn.crop log.knn.batch_size
+        log.knn.resize log.knn.crop log.knn.batch_size log.images.number
         """,
     ),
     Bound("at least 2", lambda value: value >= 2, "dino_head.prototypes ibot_head.prototypes rmlp.outputs"),
@@ -40,7 +40,7 @@ BOUNDS = (
         data.workers data.augment.brightness data.augment.contrast data.augment.saturation optim.min_lr
         optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
         optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps checkpoint.keep_every
-        log.knn.every
+        log.knn.every log.images.every log.norms_every
         """,
     ),
     Bound(

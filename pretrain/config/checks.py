@@ -44,6 +44,7 @@ def check(cfg: Config) -> None:
         _check_rmlp_draws(cfg.rmlp, cfg.loss)
         _check_rmlp_sinkhorn(cfg)
     _check_knn(cfg.log.knn)
+    _check_profile_steps(cfg.log.profile_steps)
 
 
 def warnings(cfg: Config) -> list[str]:
@@ -173,6 +174,11 @@ def _check_rmlp_sinkhorn(cfg: Config) -> None:
     fix = f"use loss.centering=softmax, or at most {signal} outputs"
     fits = cfg.loss.centering != "sinkhorn" or cfg.rmlp.outputs <= signal
     _require(fits, "rmlp.outputs", f"{fault}; {fix}")
+
+
+def _check_profile_steps(steps: list[int]) -> None:
+    ordered = not steps or (len(steps) == 2 and 0 <= steps[0] < steps[1])
+    _require(ordered, "log.profile_steps", f"{steps} must be empty or [first, last] with first below last")
 
 
 def _check_knn(knn: KnnConfig) -> None:

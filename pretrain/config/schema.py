@@ -223,12 +223,26 @@ class KnnConfig:
 
 
 @dataclass(frozen=True)
+class ImagesConfig:
+    """Pictures for TensorBoard: patch tokens as colours, in one basis through the run, and attention."""
+
+    shards: list[str] = field(
+        default_factory=list
+    )  # the first images of these, labelled or not; empty = none
+    number: int = 8  # images
+    every: int = 1_000  # steps; 0 = only at the end
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written while the run trains."""
 
     every: int = 10  # steps between metric lines; the only host synchronisation of the loop
     tensorboard: bool = True  # also to run.dir/tensorboard; metrics.jsonl is always written
+    norms_every: int = 0  # steps between norms of weights and gradients per layer; 0 = never
+    profile_steps: list[int] = field(default_factory=list)  # [first, last]: trace steps first to last - 1
     knn: KnnConfig = field(default_factory=KnnConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
 
 
 @dataclass(frozen=True)

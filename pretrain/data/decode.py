@@ -27,7 +27,7 @@ def decode(content: bytes) -> Pixels:
 
 
 def _decode_jpeg(content: bytes) -> Pixels | None:
-    """The common case, 1.2 times as fast as Pillow with equal pixels; None where Pillow has to judge."""
+    """The common case, faster than Pillow with equal pixels; None where Pillow has to judge."""
     try:
         if simplejpeg.decode_jpeg_header(content)[2] not in DIRECT_SPACES:
             return None
@@ -43,8 +43,8 @@ def _decode_any(content: bytes) -> Pixels:
             return np.array(_to_rgb(image))  # a copy: torch warns of arrays that cannot be written to
     except UnidentifiedImageError as error:
         raise ValueError("not an image in a known format") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    except Exception as error:  # Pillow's plug-ins raise what their parsers happen to meet
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

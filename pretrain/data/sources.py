@@ -14,6 +14,7 @@ from pretrain.data.writer import PackedSample
 from pretrain.errors import InputError
 from pretrain.seeding import numpy_stream
 
+MAX_NUMBERED_CLASSES = 100_000  # larger numbers are names
 CHUNK = 256  # files read and decoded ahead
 THREADS = 8  # that decode; the decoders release the interpreter lock
 IMAGE_NAMES = ", ".join(sorted(IMAGE_EXTENSIONS))
@@ -102,7 +103,8 @@ def _from_line(src: Path, number: int, line: str) -> Source:
 def list_classes(sources: Sequence[Source]) -> list[str]:
     """Class names in the order of their numbers: sorted, or 0 to the largest where all are numbers."""
     names = sorted({source.label_name for source in sources if source.label_name is not None})
-    if names and all(name.isdecimal() for name in names):
+    numbered = all(name.isdecimal() and str(int(name)) == name for name in names)
+    if names and numbered and int(max(names, key=int)) < MAX_NUMBERED_CLASSES:
         return [str(i) for i in range(max(map(int, names)) + 1)]
     return names
 

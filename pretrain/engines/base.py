@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.method.outputs import BranchOutput
-from pretrain.models.vit import Features
+from pretrain.models.vit import Features, VisionTransformer
 from pretrain.optim.schedules import StepValues
 
 
@@ -46,6 +46,12 @@ class Engine(Protocol):
 
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, after a good step."""
+
+    def layer_norms(self) -> dict[str, Tensor]:
+        """Norms of the student's weights and gradients per layer; between `backward` and `step`."""
+
+    def teacher_backbone(self) -> VisionTransformer:
+        """The teacher's backbone with whole weights, to look into."""
 
     def bad_steps(self) -> tuple[int, int]:
         """Steps skipped so far, and how many of them in a row just now; waits for the device."""

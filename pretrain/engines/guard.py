@@ -41,7 +41,8 @@ class StepGuard(nn.Module):
         mean_loss = all_sum(loss.detach().float().clone()) / world_size()
         bad = ~torch.isfinite(torch.stack([mean_loss, *norms])).all()
         if self.spike_factor:
-            bad |= (self.good_steps >= SPIKE_WARMUP) & (mean_loss > self.spike_factor * self.loss_mean)
+            excess = (mean_loss - self.loss_mean) > (self.spike_factor - 1) * self.loss_mean.abs()
+            bad |= (self.good_steps >= SPIKE_WARMUP) & excess
         good = all_max(bad.float()) == 0
         self._count(good, mean_loss)
         return good

@@ -13,7 +13,8 @@ from pretrain.engines.guard import StepGuard
 from pretrain.engines.optimizer import build_adamw, optimizer_tensors, step_unless
 from pretrain.method.branch import SSLBranch, branch_output
 from pretrain.method.outputs import BranchOutput
-from pretrain.models.vit import Features
+from pretrain.method.signals import norms
+from pretrain.models.vit import Features, VisionTransformer
 from pretrain.optim.groups import set_step_values
 from pretrain.optim.schedules import StepValues
 
@@ -74,15 +75,15 @@ class SingleEngine:
 
     def step(self) -> StepResult:
         """See `Engine`."""
-        norms = {
+        grad_norms = {
             name: clip_gradients(parameters, self.clip_grad_norm)
             for name, parameters in self.clip_units.items()
         }
-        self.good = self.guard.check(self.loss, norms.values())
+        self.good = self.guard.check(self.loss, grad_norms.values())
         step_unless(~self.good, self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.zero_()
-        return StepResult(norms, self.good)
+        return StepResult(grad_norms, self.good)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -90,6 +91,14 @@ class SingleEngine:
         teacher, student = self.ema_pairs
         weight = (1 - momentum) * self.good  # 0 after a bad step
         torch._foreach_lerp_(teacher, student, [weight] * len(teacher))
+
+    def layer_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return norms(self.branches["student"])
+
+    def teacher_backbone(self) -> VisionTransformer:
+        """See `Engine`."""
+        return self.branches["teacher"].backbone
 
     def bad_steps(self) -> tuple[int, int]:
         """See `Engine`."""
@@ -119,8 +128,10 @@ class SingleEngine:
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """The gradients' total norm; they are scaled down to `limit` when it is exceeded (0 = never)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # heads that randomized ones have replaced
+        return torch.zeros((), device=parameters[0].device)
     norm = nn.utils.get_total_norm(gradients)
-    if limit and gradients:
+    if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 

@@ -105,8 +105,9 @@ def _scaled_logits(projections: Sequence[Projection], temp: float) -> Passes:
 def _log_mass(scaled: Passes, rows: Sequence[Tensor]) -> Tensor:
     """Log of each prototype's mass (K,) over all micro-batches and ranks; `rows` are log factors."""
     maxima = [(logits + r.unsqueeze(1)).amax(0) for logits, r in zip(scaled(), rows, strict=True)]
-    largest = all_max(torch.stack(maxima).amax(0))
+    largest = all_max(torch.stack(maxima).amax(0)).nan_to_num(neginf=0.0)  # -inf: every row is padding
     sums = [
         (logits + r.unsqueeze(1) - largest).exp().sum(0) for logits, r in zip(scaled(), rows, strict=True)
     ]
-    return largest + all_sum(torch.stack(sums).sum(0)).log()
+    mass = all_sum(torch.stack(sums).sum(0))
+    return torch.where(mass > 0, largest + mass.log(), 0.0)

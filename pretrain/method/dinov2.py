@@ -6,7 +6,6 @@ forward.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,16 +18,8 @@ from pretrain.losses.centering import SoftmaxCenter, Target, sinkhorn_offset
 from pretrain.losses.dino import dino_losses
 from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
-from pretrain.method.outputs import BranchOutput, LossTerms
+from pretrain.method.outputs import BranchOutput, LossTerms, Targets
 from pretrain.projection import Projection
-
-
-@dataclass(frozen=True)
-class Targets:
-    """Targets of one micro-batch."""
-
-    dino: Target  # (G*B) rows
-    ibot: Target  # (M) rows
 
 
 class DinoV2(nn.Module):

@@ -115,6 +115,11 @@ class MetricLog:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def picture(self, step: int, name: str, pixels: Tensor) -> None:
+        """Show a picture, (3, height, width) uint8, in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, pixels, step)
+
     def close(self) -> None:
         """Close both; TensorBoard's last points are on the disk after this."""
         self._file.close()

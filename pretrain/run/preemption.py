@@ -5,7 +5,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 STOPPED = 75  # exit status: a checkpoint was saved, the same command continues (EX_TEMPFAIL of sysexits.h)
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Preemption:

@@ -10,7 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, Tex
 from rich.progress import Progress as Bar
 
 # shown values, by the last part of their name: `loss/total` and `total` alike
-FORMATS = {"total": "loss {:.3f}", "lr": "lr {:.1e}", "images_per_s": "{:.0f} images/s"}
+FORMATS = {
+    "total": "loss {:.3f}",
+    "feature_rank": "rank {:.0f}",
+    "prototypes_used": "{:.0f} prototypes",
+    "lr": "lr {:.1e}",
+    "images_per_s": "{:.0f} images/s",
+}
 
 
 class Progress:

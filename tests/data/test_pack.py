@@ -65,11 +65,11 @@ def test_a_folder_of_classes(classes: Path, tmp_path: Path) -> None:
     dst = tmp_path / "data"
     result = pack(classes, dst, "--samples-per-shard", 3, "--group-from", "parent")
     assert result.stdout.splitlines()[-1] == (
-        f"7 images in 3 shards in {dst}; 2 files not packed (listed in {dst}/unreadable.txt)"
+        f"7 images in 3 shards in {dst}; 2 files not packed (listed in {dst}/unreadable-train.txt)"
     )
     assert "shuffled with seed 0" in result.stdout
     assert json.loads((dst / "classes.json").read_text()) == ["cat", "dog"]
-    unreadable = (dst / "unreadable.txt").read_text().splitlines()
+    unreadable = (dst / "unreadable-train.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in unreadable] == ["readme.txt", "dog/p0_x.JPG"]
     samples = read_all(dst)
     assert sorted(json.loads(sample["json"])["source"] for sample in samples) == sorted(
@@ -106,6 +106,27 @@ def test_seeds_change_the_order_only(classes: Path, tmp_path: Path) -> None:
     assert orders[0] != sorted(orders[0])
 
 
+def test_zero_padded_class_folders_are_names(classes: Path, tmp_path: Path) -> None:
+    for number, folder in enumerate(sorted(path for path in classes.iterdir() if path.is_dir())):
+        folder.rename(classes / f"{number:02d}")
+    pack(classes, tmp_path / "data")
+    assert json.loads((tmp_path / "data" / "classes.json").read_text())[:2] == ["00", "01"]
+
+
+def test_a_damaged_list_of_classes_is_one_line(classes: Path, tmp_path: Path) -> None:
+    pack(classes, tmp_path / "data")
+    (tmp_path / "data" / "classes.json").write_text("{")
+    result = pack(classes, tmp_path / "data", "--prefix", "test", status=2)
+    assert "not a list of class names" in result.stderr
+
+
+def test_each_prefix_keeps_its_list_of_unreadable_files(classes: Path, tmp_path: Path) -> None:
+    for prefix in ("train", "test"):
+        pack(classes, tmp_path / "data", "--prefix", prefix)
+    assert (tmp_path / "data" / "unreadable-train.txt").exists()
+    assert (tmp_path / "data" / "unreadable-test.txt").exists()
+
+
 def test_a_flat_folder_has_no_labels(classes: Path, tmp_path: Path) -> None:
     pack(classes / "cat" / "sub", tmp_path / "data", "--group-from", r"(p\d)_")
     (sample,) = read_all(tmp_path / "data")
@@ -118,7 +139,7 @@ def test_a_list_with_labels_and_groups(classes: Path, tmp_path: Path) -> None:
     (classes / "list.txt").write_text("\n".join(names) + "\n")
     result = pack(classes / "list.txt", tmp_path / "data")
     assert "1 files not packed" in result.stdout
-    assert "No such file" in (tmp_path / "data" / "unreadable.txt").read_text()
+    assert "No such file" in (tmp_path / "data" / "unreadable-train.txt").read_text()
     found = {s["cls"]: json.loads(s["json"])["group"] for s in read_all(tmp_path / "data")}
     assert found == {b"3": "anna", b"0": "ben"}
 

@@ -9,6 +9,7 @@ from pretrain.config.schema import EngineConfig, HeadConfig, IbotHeadConfig, Los
 from pretrain.engines.single import SingleEngine, clip_gradients
 from pretrain.method.branch import SSLBranch
 from pretrain.method.dinov2 import DinoV2
+from pretrain.method.outputs import share_prototypes
 from pretrain.models.init import init_weights
 from pretrain.optim.schedules import Schedules
 from tests.small import random_batch, small_config
@@ -130,8 +131,17 @@ def test_bf16_keeps_parameters_and_losses_in_fp32():
     assert losses[0] != losses[1]
 
 
-def test_a_batch_without_masked_patches_has_no_ibot_loss():
+def test_micro_batches_share_one_copy_of_the_teachers_prototypes():
     cfg = small_config()
+    engine, _ = build(cfg)
+    outputs = share_prototypes(engine.teacher(random_batch(cfg, 4, seed=s)) for s in range(3))
+    assert len({out.dino.prototypes.data_ptr() for out in outputs}) == 1
+    assert len({out.dino.features.data_ptr() for out in outputs}) == 3
+
+
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+def test_a_batch_without_masked_patches_has_no_ibot_loss(centering):
+    cfg = small_config(loss=LossConfig(centering=centering))
     engine, method = build(cfg)
     batch = random_batch(cfg, 4)
     padded = replace(
@@ -140,13 +150,16 @@ def test_a_batch_without_masked_patches_has_no_ibot_loss():
         mask_indices=torch.zeros(1, dtype=torch.int64),
         mask_weights=torch.zeros(1),
     )
-    before = method.centers["ibot"].center.clone()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
     engine.begin_step(0, Schedules(cfg).at(0))
     targets = method.targets([engine.teacher(padded)], [padded.mask_weights], 0.04, 0)
     terms = method.losses(engine.student(padded), targets[0], padded)
     assert terms.parts["ibot"].item() == 0
     assert torch.isfinite(terms.total)
-    assert torch.equal(method.centers["ibot"].center, before)
+    method.commit(torch.tensor(True))
+    assert all(
+        torch.equal(value, before[name]) for name, value in method.state_dict().items() if "ibot" in name
+    )
 
 
 def test_rmlp_takes_over_at_its_start_step():

@@ -144,6 +144,10 @@ def test_sinkhorn_is_finite_on_randomized_heads():
     assert first < 0.5  # why the presets centre instead: the mass goes to outputs that are noise
 
 
+def test_sinkhorn_without_a_valid_row_has_no_offset():
+    assert sinkhorn_offset([projections(3)], [torch.zeros(3)], 0.3, 3).tolist() == [0.0] * 12
+
+
 def test_centre_follows_the_mean_and_acts_on_the_next_step():
     projection, center = projections(20), SoftmaxCenter(12, 0.9)
     first = center.offset([projection], [torch.ones(20)], 0.05)

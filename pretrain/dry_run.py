@@ -1,0 +1,290 @@
+"""`--dry-run`: what a run needs and how long it takes, from a few steps on noise.
+
+Reads no data and writes nothing. Model, method and engine are those of training; loader, checkpoints and logs
+are left out. A micro-batch that would not fit the memory or take too long is replaced by a smaller one, and
+the table says so.
+"""
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pretrain import distributed
+from pretrain.batch import Batch
+from pretrain.config.derived import micro_batch_size, vit_shape
+from pretrain.config.schema import Config
+from pretrain.data.shards import list_shards
+from pretrain.data.synthetic import noise_batch
+from pretrain.engines.single import SingleEngine
+from pretrain.errors import InputError
+from pretrain.optim.schedules import Schedules
+from pretrain.run.ceiling import matrix_ceiling
+from pretrain.run.flops import flops_per_image
+from pretrain.run.footprint import Footprint, crop_bytes, footprint, peak_memory, used_memory
+from pretrain.run.profiling import PhaseTimer
+from pretrain.start import build_branches
+
+STEPS = 3  # of each size; the first is warm-up
+MAX_SECONDS = 30.0  # of a measured step
+MAX_MICRO_BATCHES = 2  # of a measured step; more of them would repeat the second
+USABLE = 0.9  # of the free memory
+PER_STEP = ("draw", "optimizer")  # phases whose time does not grow with the batch
+BUSY = 1.5  # times the cores; the step itself makes for a load of 1
+GIB = 2**30
+
+Row = tuple[str, str]
+
+
+def dry_run(cfg: Config) -> int:
+    """Build everything, run a few steps on noise, print what they say about the recipe; returns 0.
+
+    Raises:
+        InputError: the model's state or its smallest step does not fit the memory.
+    """
+    device = distributed.pick_device(cfg.engine.device)
+    cfg = _without_missing_export(cfg)
+    _say(_shards_line(cfg))
+    memory = _refuse_impossible(cfg, device)
+    dtype = torch.bfloat16 if cfg.engine.precision == "bf16" else torch.float32
+    _say("measuring the device's matrix products")
+    ceiling = matrix_ceiling(device, dtype)
+    trial, note = _measure(cfg, device, memory)
+    rows = [
+        *_model_rows(cfg, device, memory),
+        *_step_rows(cfg, device, trial, note),
+        *_recipe_rows(cfg, trial, ceiling),
+        *_caution_rows(device),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(["", *(f"{name:{width}}  {text}" for name, text in rows)]))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _without_missing_export(cfg: Config) -> Config:
+    """The config with random weights where `model.init_from` does not exist (yet); says which it is."""
+    path = cfg.model.init_from
+    if not path:
+        return cfg
+    if Path(path).exists():
+        _say(f"model.init_from: {path} exists")
+        return cfg
+    _say(f"model.init_from: {path} does not exist; random weights take its place here")
+    return replace(cfg, model=replace(cfg.model, init_from=""))
+
+
+def _shards_line(cfg: Config) -> str:
+    try:
+        count = len(list_shards(cfg.data.shards, "data.shards"))
+    except InputError as error:
+        return f"{error}; noise takes their place here"
+    return f"data.shards: {count} shards exist; noise takes their place here"
+
+
+def _refuse_impossible(cfg: Config, device: torch.device) -> Footprint:
+    """The memory that the run's state takes."""
+    memory, free = footprint(cfg), distributed.free_memory(device)
+    if memory.total > free:
+        raise InputError(
+            f"model.arch={cfg.model.arch}: weights, gradients, AdamW's moments and teacher take "
+            f"{_size(memory.total)}, {_size(free)} are free; choose a smaller model or a larger device"
+        )
+    return memory
+
+
+# -- measuring
+
+
+class Trainer:
+    """Student, teacher, method and engine as in training, and one training step."""
+
+    def __init__(self, cfg: Config, device: torch.device, images: int) -> None:
+        student, teacher, self.method = build_branches(cfg, device, images)
+        self.engine = SingleEngine(student, teacher, self.method, cfg.optim, cfg.engine, device)
+        self.schedules = Schedules(cfg)
+
+    def step(self, number: int, batches: Sequence[Batch], timer: PhaseTimer) -> float:
+        """What `train.run_loop` does in a step, in its order; the loss."""
+        engine, method, values = self.engine, self.method, self.schedules.at(number)
+        with timer.phase("draw"):
+            engine.begin_step(number, values)
+        with timer.phase("teacher"):
+            outputs = [engine.teacher(batch) for batch in batches]
+            weights = [batch.mask_weights for batch in batches]
+            targets = method.targets(outputs, weights, values.teacher_temp, number)
+        losses = []
+        for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+            with timer.phase("forward"):
+                terms = method.losses(engine.student(batch), target, batch)
+            with timer.phase("backward"):
+                engine.backward(terms.total / len(batches), last=i == len(batches) - 1)
+            losses.append(terms.parts["total"])
+        with timer.phase("optimizer"):
+            method.commit(engine.step().good)
+            engine.update_teacher(values.momentum)
+        return torch.stack(losses).mean().item()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the steps of one size took."""
+
+    images: int  # in a micro-batch
+    micro_batches: int  # in a step
+    phases: dict[str, float]  # seconds of a step, medians
+    per_image: float  # seconds of one more image in a step
+    state: int  # bytes of the run's state
+    activations: int  # bytes that a micro-batch takes besides, at most
+    peak: int  # bytes of the process, or of its tensors on a GPU
+
+    def seconds(self, images: int) -> float:
+        """Of a step of that many images: draws, clipping, optimizer and EMA come once."""
+        return images * self.per_image + sum(self.phases[name] for name in PER_STEP)
+
+    def bytes(self, images: int) -> int:
+        """Of a run with that many images in a micro-batch, rather too many than too few."""
+        return self.state + self.activations * images // self.images
+
+
+def _measure(cfg: Config, device: torch.device, memory: Footprint) -> tuple[Trial, str]:
+    """The largest size of `_sizes` that can be run, and why the next one cannot ("" for the recipe's own)."""
+    free, before = distributed.free_memory(device), used_memory(device)
+    sizes = _sizes(cfg)
+    _say("building student, teacher and optimizer")
+    trainer, trial = Trainer(cfg, device, sizes[0]), None
+    for images in sizes:
+        if trial and (refusal := _refusal(cfg, trial, images, free)):
+            return trial, refusal
+        try:
+            trial = _try(trainer, cfg, images, memory, before)
+        except torch.OutOfMemoryError as error:
+            if trial is None:
+                raise InputError(f"model.arch={cfg.model.arch}: the device's memory is too small") from error
+            return trial, f"{images:,} do not fit the memory: raise engine.accumulation_steps"
+    assert trial is not None
+    return trial, ""
+
+
+def _sizes(cfg: Config) -> list[int]:
+    """Images in a forward: the fewest with a neighbour and a mask, one group, the configured micro-batch."""
+    group, micro_batch = cfg.data.group_size, micro_batch_size(cfg, distributed.world_size())
+    fewest = next((n for n in range(2, group) if int(2 * n * cfg.mask.probability) >= 1), group)
+    return sorted({fewest, group, micro_batch})
+
+
+def _refusal(cfg: Config, trial: Trial, images: int, free: int) -> str:
+    """Why a larger size is not tried, or nothing."""
+    need, seconds = trial.bytes(images), trial.seconds(images * trial.micro_batches)
+    waiting = crop_bytes(cfg) * max(cfg.optim.global_batch_size - images * trial.micro_batches, 0)
+    if need + waiting > USABLE * free:
+        sizes = f"about {_size(need + waiting)}, {_size(free)} are free"
+        return f"{images:,} would take {sizes}: raise engine.accumulation_steps"
+    return f"{images:,} would take about {seconds:,.0f} s a step" if seconds > MAX_SECONDS else ""
+
+
+def _try(trainer: Trainer, cfg: Config, images: int, memory: Footprint, before: int) -> Trial:
+    """Run `STEPS` steps with that many images in a forward; `before` bytes were in use before the model."""
+    device = trainer.engine.device
+    small = replace(cfg, data=replace(cfg.data, group_size=min(images, cfg.data.group_size)))
+    count = min(cfg.engine.accumulation_steps, MAX_MICRO_BATCHES)
+    batches = list(_batches(small, device, images, count))
+    timer, steps = PhaseTimer(device), []
+    for number in range(STEPS):
+        loss = trainer.step(number, batches, timer)
+        steps.append(timer.means())
+        seconds = sum(steps[-1].values())
+        _say(f"step {number + 1} of {STEPS} with {count} x {images} images: {seconds:.2f} s, loss {loss:.2f}")
+    phases = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
+    growing = sum(seconds for name, seconds in phases.items() if name not in PER_STEP)
+    work = sum(flops_per_image(cfg)) / sum(flops_per_image(small))  # few images round masks and drop path
+    peak = peak_memory(device)
+    return Trial(
+        images=images,
+        micro_batches=count,
+        phases=phases,
+        per_image=work * growing / (count * images),
+        state=memory.total,
+        # the peak may lie where no gradients exist yet; then they are counted twice
+        activations=max(peak - before - memory.total + memory.branch, 0),
+        peak=peak,
+    )
+
+
+def _batches(cfg: Config, device: torch.device, images: int, count: int) -> Iterator[Batch]:
+    """Micro-batches as the loader hands them over."""
+    mean, std = (torch.tensor(values, device=device) for values in (cfg.data.mean, cfg.data.std))
+    for i in range(count):
+        yield noise_batch(cfg, images, i * images).to(device).normalize(mean, std)
+
+
+# -- the table
+
+
+def _model_rows(cfg: Config, device: torch.device, memory: Footprint) -> Iterator[Row]:
+    model, shape, data = cfg.model, vit_shape(cfg.model), cfg.data
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+    yield "device", f"{name}; {cfg.engine.precision}, torch {torch.__version__}"
+    crops = f"2 crops of {data.global_crops.size} px, {data.local_crops.number} of {data.local_crops.size} px"
+    size = f"width {shape.embed_dim}, {shape.depth} blocks, {shape.num_heads} heads, patch {model.patch_size}"
+    yield "architecture", f"{model.arch}: {size}; {crops}"
+    drawn = f"; {memory.drawn / 1e6:.1f} M weights drawn a step" if memory.drawn else ""
+    yield "parameters", f"backbone {memory.backbone / 1e6:.1f} M, heads {memory.heads / 1e6:.1f} M{drawn}"
+    parts = f"student {_size(memory.branch)}, its gradients as much, AdamW {_size(memory.optimizer)}"
+    yield "memory, computed", f"{_size(memory.total)}: {parts}, teacher {_size(memory.branch)}"
+
+
+def _step_rows(cfg: Config, device: torch.device, trial: Trial, note: str) -> Iterator[Row]:
+    count, images = cfg.engine.accumulation_steps, micro_batch_size(cfg, distributed.world_size())
+    what = "tensors" if device.type == "cuda" else "the process"
+    waiting = crop_bytes(cfg) * images * (count - trial.micro_batches)
+    more = f"; the crops of the micro-batches not run take {_size(waiting)} more" if waiting else ""
+    yield "memory, peak", f"{_size(trial.peak)} ({what}){more}"
+    measured = f"{trial.micro_batches} x {trial.images:,} images a step; the recipe has {count} x {images:,}"
+    yield "measured", f"{measured} ({note})" if note else measured
+    parts = ", ".join(f"{name} {seconds:.2g}" for name, seconds in trial.phases.items())
+    yield "seconds per step", f"{sum(trial.phases.values()):.3g}: {parts}"
+
+
+def _recipe_rows(cfg: Config, trial: Trial, ceiling: float) -> Iterator[Row]:
+    images, work = cfg.optim.global_batch_size, flops_per_image(cfg)
+    seconds = trial.seconds(images)
+    rate = images / seconds
+    scaled = "" if images == trial.micro_batches * trial.images else " in proportion"
+    yield "the recipe's step", f"{images:,} images in {_number(seconds)} s{scaled}: {_number(rate)} images/s"
+    yield "matrix ceiling", f"{ceiling / 1e12:.3g} TFLOP/s, the fastest torch.mm in {cfg.engine.precision}"
+    heads = f"{100 * work.heads / sum(work):.1f} % of it in the heads"
+    yield "useful work", f"{sum(work) / 1e12:.4g} TFLOP per image, {heads}"
+    yield "share of ceiling", f"{100 * sum(work) * rate / ceiling:.1f} %"
+    total = cfg.run.steps * seconds
+    yield "the recipe", f"{cfg.run.steps:,} steps: {_duration(total)}, {total / 3600:,.1f} device-hours here"
+    later = f", the randomized heads from step {cfg.rmlp.start_step:,} on" if cfg.rmlp.start_step else ""
+    yield "not included", f"reading and augmenting images, checkpoints, logs, k-NN{later}"
+
+
+def _caution_rows(device: torch.device) -> Iterator[Row]:
+    """Other work on the same cores shows in every time above."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if device.type == "cpu" and load > BUSY * cores:
+        yield "caution", f"the machine is busy (load {load:.1f} on {cores} cores); an idle one is faster"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.0f} MiB"
+
+
+def _number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    """Days, hours and minutes."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 1440} d {minutes // 60 % 24} h {minutes % 60} min"

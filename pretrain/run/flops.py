@@ -1,0 +1,91 @@
+"""The useful operations of a training step, from its configuration: what any implementation has to do.
+
+Only matrix products count, a multiply-add as two operations: linear layers, attention, patch embedding, heads
+and logits. Norms, softmax, losses, optimizer and EMA are left out, and so is what an implementation does
+twice to save memory. For one image:
+
+    backbone, student   3 x forward of 2 global and L local crops (backward = 2 x forward), times the share
+                        of sequences that drop path keeps; 2 x for the patch embedding, which passes none on
+    backbone, teacher   1 x forward of 2 global crops
+    heads, student      3 x forward of 2 + L class tokens and the masked patches; 2 x for randomized heads,
+                        whose weights need no gradient
+    heads, teacher      1 x forward of 2 class tokens and the same patches
+    a block             n (8 D^2 + 2 F) + 4 n^2 D for a sequence of n tokens, F feed-forward weights
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, ibot_head, kept_rows, vit_shape
+from pretrain.config.schema import Config, HeadConfig, ModelConfig
+from pretrain.heads.rmlp import rmlp_widths
+
+
+class Flops(NamedTuple):
+    """Operations for one image: forward and backward of the student, forward of the teacher."""
+
+    backbone: float
+    heads: float
+
+
+def flops_per_image(cfg: Config) -> Flops:
+    """Useful operations of the first step for one image, with masks of the mean size that `mask` draws."""
+    return Flops(_backbone(cfg), _heads(cfg))
+
+
+def _backbone(cfg: Config) -> float:
+    data, group = cfg.data, cfg.data.group_size
+    large = _crop(cfg.model, data.global_crops.size)
+    small = _crop(cfg.model, data.local_crops.size)
+    student = 0.0
+    for number, crop in ((2, large), (data.local_crops.number, small)):
+        student += number * (2 * crop.embedding + 3 * crop.block * _kept_blocks(cfg.model, number * group))
+    return student + 2 * (large.embedding + vit_shape(cfg.model).depth * large.block)
+
+
+class _Crop(NamedTuple):
+    """Forward operations for one crop."""
+
+    embedding: float
+    block: float
+
+
+def _crop(model: ModelConfig, size: int) -> _Crop:
+    dim = vit_shape(model).embed_dim
+    patches = (size // model.patch_size) ** 2
+    tokens = 1 + model.num_register_tokens + patches
+    ffn_weights = (3 if model.ffn_layer == "swiglu" else 2) * dim * ffn_hidden_dim(model)
+    linears = tokens * (8 * dim**2 + 2 * ffn_weights)
+    embedding = 2 * patches * model.in_channels * model.patch_size**2 * dim
+    return _Crop(embedding, linears + 4 * tokens**2 * dim)
+
+
+def _kept_blocks(model: ModelConfig, count: int) -> float:
+    """Blocks that a sequence runs through on average, `count` sequences sharing a drop-path subset."""
+    return sum(kept_rows(rate, count) / count if rate else 1.0 for rate in drop_path_rates(model))
+
+
+def _heads(cfg: Config) -> float:
+    dim, patches = vit_shape(cfg.model).embed_dim, masked_patches(cfg)
+    student_classes = 2 + cfg.data.local_crops.number
+    total = 0.0
+    for head, student, teacher in (
+        (cfg.dino_head, student_classes, 2.0),
+        (ibot_head(cfg), patches, patches),
+    ):
+        randomized = head.kind == "rmlp" and cfg.rmlp.start_step == 0
+        widths = rmlp_widths(dim, cfg.rmlp.outputs) if randomized else _mlp_widths(dim, head)
+        row = 2 * sum(n * m for n, m in pairwise(widths))
+        total += row * ((2 if randomized else 3) * student + teacher)
+    return total
+
+
+def _mlp_widths(dim: int, head: HeadConfig) -> tuple[int, ...]:
+    return (dim, *[head.hidden_dim] * (head.num_layers - 1), head.bottleneck_dim, head.prototypes)
+
+
+def masked_patches(cfg: Config) -> float:
+    """Masked patches per image, on average over the draws of `group_masks`."""
+    crops, patches = 2 * cfg.data.group_size, (cfg.data.global_crops.size // cfg.model.patch_size) ** 2
+    masked_crops = int(crops * cfg.mask.probability) / crops * 2
+    return masked_crops * (patches * sum(cfg.mask.ratio) / 2 - 0.5)  # a crop's number is rounded down
