@@ -24,6 +24,10 @@ from pretrain.data.labelled import labelled_batches
 
 DATA = Path("runs/demo_data")
 PHASES = ("configs/demo.yaml", "configs/demo_rmlp.yaml")
+MIN_GAIN = 20  # points of k-NN accuracy that pretraining must bring
+MAX_CHANGE = 3  # points by which the second phase may change it
+
+Scores = dict[int, dict[str, float]]  # by step: the line that a run logged
 
 
 def main() -> int:
@@ -37,14 +41,26 @@ def main() -> int:
         status = subprocess.call([sys.executable, "-m", "pretrain", config])
         if status:
             return status
-    console.print(results())
-    console.print(places(), highlight=False, soft_wrap=True)
-    return 0
-
-
-def results() -> Table:
-    """k-NN accuracy of every stage."""
     first, second = (scores(Path(load_config(config).run.dir)) for config in PHASES)
+    console.print(results(first, second))
+    console.print(places(), highlight=False, soft_wrap=True)
+    return verdict(first, second, console)
+
+
+def verdict(first: Scores, second: Scores, console: Console) -> int:
+    """Whether the installation learns as it should; 0 or 1."""
+    trained = first[last_step(first)]["knn/cls"]
+    gain = trained - max(first[0]["knn/cls"], first[0]["knn/patch_mean"])
+    change = second[last_step(second)]["knn/cls"] - trained
+    learns = gain >= MIN_GAIN and abs(change) <= MAX_CHANGE
+    text = f"CLS gained {gain:.1f} points over the best of random weights, then changed by {change:+.1f}"
+    wanted = f"at least {MIN_GAIN} and at most {MAX_CHANGE} either way"
+    console.print(f"{text}: {'as' if learns else 'NOT as'} it should be ({wanted})", highlight=False)
+    return 0 if learns else 1
+
+
+def results(first: Scores, second: Scores) -> Table:
+    """k-NN accuracy of every stage."""
     table = Table("k-NN accuracy on 397 held-out images, %", "CLS", "mean patch token")
     table.add_row("raw pixels", f"{pixels(load_config(PHASES[0]).log.knn):.1f}", "")
     stages = [
@@ -57,13 +73,13 @@ def results() -> Table:
     return table
 
 
-def scores(run: Path) -> dict[int, dict[str, float]]:
+def scores(run: Path) -> Scores:
     """The k-NN scores that a run has logged, by step."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line for line in lines if "knn/cls" in line}
 
 
-def last_step(by_step: dict[int, dict[str, float]]) -> int:
+def last_step(by_step: Scores) -> int:
     """The last step with scores."""
     return max(by_step)
 
