@@ -43,6 +43,7 @@ def check(cfg: Config) -> None:
     if uses_rmlp(cfg):
         _check_rmlp_draws(cfg.rmlp, cfg.loss)
         _check_rmlp_sinkhorn(cfg)
+    _require(bool(cfg.run.dir.strip()), "run.dir", "is empty; name a folder")
     _check_knn(cfg.log.knn)
     _check_profile_steps(cfg.log.profile_steps)
 

@@ -56,6 +56,8 @@ class RunLock:
         self._heart.join()
         if _read(self.path) == self.owner:
             self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a start that was refused leaves no empty folder
+                self.folder.rmdir()
 
     def _create(self) -> bool:
         try:

@@ -20,6 +20,7 @@ def load(*overrides: str) -> Config:
 
 
 REFUSED = [
+    (["run.dir="], "run.dir: is empty; name a folder"),
     (["run.steps=0"], "run.steps: must be at least 1, got 0"),
     (["optim.lr=nan"], "optim.lr: must be finite, got nan"),
     (["optim.lr=inf"], "optim.lr: must be finite, got inf"),
