@@ -141,7 +141,8 @@ class Trial:
     phases: dict[str, float]  # seconds of a step, medians
     per_image: float  # seconds of one more image in a step
     state: int  # bytes of the run's state
-    activations: int  # bytes that a micro-batch takes besides, at most
+    base: int  # those of them that are there when a forward ends: before the first backward no gradients are
+    activations: int  # bytes on top of `base` when a forward ends
     peak: int  # bytes of the process, or of its tensors on a GPU
 
     def seconds(self, images: int) -> float:
@@ -149,8 +150,8 @@ class Trial:
         return images * self.per_image + sum(self.phases[name] for name in PER_STEP)
 
     def bytes(self, images: int) -> int:
-        """Of a run with that many images in a micro-batch, rather too many than too few."""
-        return self.state + self.activations * images // self.images
+        """Of a run with that many images in a micro-batch."""
+        return max(self.base + self.activations * images // self.images, self.state)
 
 
 def _measure(cfg: Config, device: torch.device, memory: Footprint) -> tuple[Trial, str]:
@@ -184,8 +185,8 @@ def _refusal(cfg: Config, trial: Trial, images: int, free: int) -> str:
     need, seconds = trial.bytes(images), trial.seconds(images * trial.micro_batches)
     waiting = crop_bytes(cfg) * max(cfg.optim.global_batch_size - images * trial.micro_batches, 0)
     if need + waiting > USABLE * free:
-        sizes = f"about {_size(need + waiting)}, {_size(free)} are free"
-        return f"{images:,} would take {sizes}: raise engine.accumulation_steps"
+        hint = ": raise engine.accumulation_steps" if images > cfg.data.group_size else ""
+        return f"{images:,} would take about {_size(need + waiting)}, {_size(free)} are free{hint}"
     return f"{images:,} would take about {seconds:,.0f} s a step" if seconds > MAX_SECONDS else ""
 
 
@@ -204,15 +205,15 @@ def _try(trainer: Trainer, cfg: Config, images: int, memory: Footprint, before: 
     phases = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[0]}
     growing = sum(seconds for name, seconds in phases.items() if name not in PER_STEP)
     work = sum(flops_per_image(cfg)) / sum(flops_per_image(small))  # few images round masks and drop path
-    peak = peak_memory(device)
+    peak, base = peak_memory(device), memory.total - (memory.branch if count == 1 else 0)
     return Trial(
         images=images,
         micro_batches=count,
         phases=phases,
         per_image=work * growing / (count * images),
         state=memory.total,
-        # the peak may lie where no gradients exist yet; then they are counted twice
-        activations=max(peak - before - memory.total + memory.branch, 0),
+        base=base,
+        activations=max(peak - before - base, 0),
         peak=peak,
     )
 

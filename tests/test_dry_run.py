@@ -94,17 +94,20 @@ def test_a_step_that_takes_too_long_is_replaced_and_said_so(monkeypatch, capsys)
 def test_a_micro_batch_that_would_not_fit_is_not_tried():
     cfg = small_config(optim=replace(small_config().optim, global_batch_size=1024))
     phases = {"draw": 1.0, "optimizer": 1.0}
-    trial = Trial(2, 1, phases, 0.5, state=100 * 2**20, activations=50 * 2**20, peak=0)
+    trial = Trial(2, 1, phases, 0.5, 120 * 2**20, base=100 * 2**20, activations=50 * 2**20, peak=0)
     assert trial.bytes(8) == 300 * 2**20
+    assert trial.bytes(0) == 120 * 2**20  # gradients, once the activations are gone
     need = (300 * 2**20 + (1024 - 8) * 4 * 3 * (2 * 32**2 + 3 * 16**2)) / 2**20  # MiB; 4 x 3 bytes a pixel
     refusal = _refusal(cfg, trial, 8, free=int(need * 2**20))
     assert refusal.startswith(f"8 would take about {need:.0f} MiB, {need:.0f} MiB are free: raise")
+    whole_group = replace(cfg, data=replace(cfg.data, group_size=8))
+    assert "raise" not in _refusal(whole_group, trial, 8, free=2**20)
     assert _refusal(cfg, trial, 8, free=int(need / 0.9 * 2**20) + 1) == ""
 
 
 def test_what_comes_once_a_step_is_not_multiplied():
     phases = {"draw": 1.0, "teacher": 2.0, "forward": 2.0, "backward": 4.0, "optimizer": 3.0}
-    trial = Trial(4, 1, phases, per_image=2.0, state=0, activations=0, peak=0)
+    trial = Trial(4, 1, phases, per_image=2.0, state=0, base=0, activations=0, peak=0)
     assert trial.seconds(4) == sum(phases.values())
     assert trial.seconds(400) == 4 + 800
 
