@@ -150,8 +150,10 @@ def _train(phase: Phase) -> None:
         except BaseException:
             process.terminate()  # it saves what it has; leaving it alive would have two in one folder
             raise
-    if process.returncode:
-        raise SystemExit(process.returncode)
+    status = process.returncode if process.returncode >= 0 else 128 - process.returncode  # as shells say it
+    if status:
+        print(f"yardstick.py: {phase.folder}: the run ended with status {status}", file=sys.stderr)
+        raise SystemExit(status)
 
 
 def read_curve(folder: Path) -> Curve:

@@ -16,7 +16,7 @@ from pretrain.losses.centering import Target
 from pretrain.method.outputs import BranchOutput, Targets
 from pretrain.projection import Projection
 
-MAX_ROWS = 256  # rows that are looked at where the cost grows with rows x prototypes, or with rows squared
+MAX_ROWS = 256  # patches, and class tokens for the rank, that are looked at, spread evenly
 RANK_ROUNDS = 8  # within 1 % of the exact rank
 UNIT = re.compile(r"(?:.*\bblocks\.\d+\.|\w+\.)?\w+")  # the part of a parameter's name that names its layer
 

@@ -5,12 +5,13 @@ The limits are those of docs/signals.md, which shows the runs they were taken fr
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Values = Mapping[str, float]
 
 MIN_IMAGES = 8  # a micro-batch of fewer can share a prototype by chance
 SETTLE = 50  # steps that a start takes beyond its warm-up, at least
+LASTING = 20  # steps that something must last before the warning: a fresh centre needs as many
 RECOVERED = 3  # good checks in a row after which a warning may come again
 
 
@@ -18,10 +19,10 @@ RECOVERED = 3  # good checks in a row after which a warning may come again
 class Rule:
     """One thing that can be wrong, and what to say about it."""
 
-    seen: Callable[[Values], str]  # what is seen, with the numbers; empty when all is well
+    seen: Callable[[Values, Values], str]  # from the values now and when it began: what is seen, or nothing
     advice: str  # what it usually means, and what to try
-    patience: int = 1  # bad checks in a row before the warning
-    late: bool = False  # judge only after the warm-up: fresh weights look the same
+    at_once: bool = False  # at the first sight; else it has to last
+    late: bool = False  # judged after the warm-up only, and over as long a time: fresh weights look the same
     across_images: bool = True  # compares images, so it needs several
 
 
@@ -29,8 +30,10 @@ class Rule:
 class _Record:
     """What one rule has seen so far."""
 
-    bad: int = 0  # in a row
-    good: int = 0  # in a row
+    bad: int = 0  # checks in a row
+    good: int = 0  # likewise
+    since: int = 0  # step of the first bad one
+    first: Values = field(default_factory=dict)  # its values
     warned: bool = False
 
 
@@ -41,11 +44,12 @@ class CollapseWatch:
         """Nothing seen yet.
 
         Args:
-            warmup_steps: `optim.warmup_steps`. Class tokens of all images are equal to six digits at first
-                (LayerScale 1e-5), so what compares them waits until twice the warm-up.
+            warmup_steps: `optim.warmup_steps`. At first the class tokens of all images can be equal to six
+                digits (LayerScale 1e-5), so the rules about them wait until twice the warm-up.
             images: in the micro-batch that the signals come from.
         """
-        self.settled = warmup_steps + max(warmup_steps, SETTLE)
+        self.patience = max(warmup_steps, SETTLE)
+        self.settled = warmup_steps + self.patience
         self.images = images
         self._records = [_Record() for _ in RULES]
 
@@ -53,36 +57,40 @@ class CollapseWatch:
         """The warnings of this step, one line each; every one comes once, until its cause has gone."""
         lines = []
         for rule, record in zip(RULES, self._records, strict=True):
-            if not self._applies(rule, step):
-                continue
-            seen = rule.seen(values)
-            if _follow(record, bool(seen), rule.patience):
-                lines.append(f"{seen} {rule.advice}")
+            if self._applies(rule, step):
+                seen = rule.seen(values, record.first if record.bad else values)
+                _count(record, bool(seen), step, values)
+                if seen and self._due(rule, record, step):
+                    record.warned = True
+                    lines.append(f"{seen} {rule.advice}")
         return lines
 
     def _applies(self, rule: Rule, step: int) -> bool:
         enough = self.images >= MIN_IMAGES or not rule.across_images
         return enough and (step >= self.settled or not rule.late)
 
+    def _due(self, rule: Rule, record: _Record, step: int) -> bool:
+        patience = self.patience if rule.late else LASTING
+        lasts = record.bad > 1 and step - record.since >= patience
+        return not record.warned and (lasts or rule.at_once)
 
-def _follow(record: _Record, bad: bool, patience: int) -> bool:
-    """Count one more check; whether it is time to warn."""
+
+def _count(record: _Record, bad: bool, step: int, values: Values) -> None:
+    """Take in one more check."""
+    if bad and not record.bad:
+        record.since, record.first = step, dict(values)
     record.bad, record.good = (record.bad + 1, 0) if bad else (0, record.good + 1)
     if record.good >= RECOVERED:
         record.warned = False
-    if record.warned or record.bad < patience:
-        return False
-    record.warned = True
-    return True
 
 
-def _not_finite(values: Values) -> str:
+def _not_finite(values: Values, _: Values) -> str:
     names = [name for name, value in values.items() if not math.isfinite(value)]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{', '.join(names[:4])}{more} not finite." if names else ""
 
 
-def _one_prototype(values: Values) -> str:
+def _one_prototype(values: Values, _: Values) -> str:
     used = values.get("signal/prototypes_used", math.inf)
     if not 0 < used < 1.5:
         return ""
@@ -93,23 +101,25 @@ def _one_prototype(values: Values) -> str:
     )
 
 
-def _no_information(values: Values) -> str:
+def _no_information(values: Values, _: Values) -> str:
     known, of_patches = (values.get(f"signal/{kind}target_information", math.inf) for kind in ("", "patch_"))
-    if not max(known, of_patches) < 1e-4:
+    if not (known < 1e-4 and of_patches < 1e-3):
         return ""
     entropy, share = _number(values, "teacher_entropy"), _number(values, "teacher_entropy_share")
     return (
-        f"The targets are the same for all images and patches: they hold {known:.0e} nats about the image; "
+        f"The targets are the same for all images and patches: they hold {known:.1g} nats about the image; "
         f"teacher entropy {entropy} nats, {share} of the largest possible."
     )
 
 
-def _equal_features(values: Values) -> str:
+def _equal_features(values: Values, first: Values) -> str:
     cosine = values.get("signal/teacher_cosine", 0.0)
-    if not cosine > 0.99:
+    moving_apart = 1 - cosine > 2 * (1 - first.get("signal/teacher_cosine", 0.0))
+    if not cosine > 0.99 or moving_apart:
         return ""
     rank = _number(values, "feature_rank")
-    return f"The class tokens of all images point one way: mean cosine {cosine:.4f}, effective rank {rank}."
+    seen = "The class tokens of all images point in one direction"
+    return f"{seen}: mean cosine {cosine:.4f}, effective rank {rank}."
 
 
 def _number(values: Values, name: str) -> str:
@@ -121,6 +131,7 @@ RULES = (
         _not_finite,
         "A number overflowed, often after too high a learning rate. Lower optim.lr, lengthen "
         "optim.warmup_steps, lower optim.clip_grad_norm or try engine.precision=fp32.",
+        at_once=True,
         across_images=False,
     ),
     Rule(
@@ -128,20 +139,17 @@ RULES = (
         "This is collapse: the class-token loss falls and teaches nothing. Keep loss.center_momentum at 0.9 "
         "(1.0 is no centring) or use loss.centering=sinkhorn, keep loss.koleo_weight above 0, raise "
         "teacher.warmup_temp, lower optim.lr, and start again from before it.",
-        patience=2,
     ),
     Rule(
         _no_information,
         "This is collapse to the uniform target: the teacher has nothing to teach. Lower teacher.temp and "
         "teacher.warmup_temp (0.07 and 0.04), raise loss.koleo_weight, lower optim.lr.",
-        patience=5,
         late=True,
     ),
     Rule(
         _equal_features,
         "This is collapse of the features: the class token no longer tells images apart. Raise "
         "loss.koleo_weight (0.1), lower optim.lr, or use loss.centering=sinkhorn.",
-        patience=3,
         late=True,
     ),
 )
