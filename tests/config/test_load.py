@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config.load import ConfigError, config_text, diff_configs, load_config, save_config
-from pretrain.config.schema import Config, RunConfig
+from pretrain.config.schema import Config, DataConfig, RunConfig
 
 
 @pytest.fixture
@@ -96,6 +97,21 @@ def test_interpolations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])).filter(lambda t: t != "???")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    folder=text.filter(str.strip),
+    shards=st.lists(text.filter(bool), min_size=1),
+    seed=st.integers(min_value=0),
+)
+def test_any_text_survives_writing_and_reading(
+    tmp_path_factory: pytest.TempPathFactory, folder: str, shards: list[str], seed: int
+) -> None:
+    cfg = Config(run=RunConfig(dir=folder, seed=seed), data=DataConfig(shards=shards))
+    path = tmp_path_factory.mktemp("round") / "config.yaml"
+    save_config(cfg, path)
+    assert load_config(path) == cfg
 
 
 @pytest.mark.parametrize(
