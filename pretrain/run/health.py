@@ -5,7 +5,7 @@ The limits are those of docs/signals.md, which shows the runs they were taken fr
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Values = Mapping[str, float]
 
@@ -19,7 +19,7 @@ RECOVERED = 3  # good checks in a row after which a warning may come again
 class Rule:
     """One thing that can be wrong, and what to say about it."""
 
-    seen: Callable[[Values, Values], str]  # from the values now and when it began: what is seen, or nothing
+    seen: Callable[[Values], str]  # what is seen, with the numbers; empty when all is well
     advice: str  # what it usually means, and what to try
     at_once: bool = False  # at the first sight; else it has to last
     late: bool = False  # judged after the warm-up only, and over as long a time: fresh weights look the same
@@ -33,7 +33,6 @@ class _Record:
     bad: int = 0  # checks in a row
     good: int = 0  # likewise
     since: int = 0  # step of the first bad one
-    first: Values = field(default_factory=dict)  # its values
     warned: bool = False
 
 
@@ -58,8 +57,8 @@ class CollapseWatch:
         lines = []
         for rule, record in zip(RULES, self._records, strict=True):
             if self._applies(rule, step):
-                seen = rule.seen(values, record.first if record.bad else values)
-                _count(record, bool(seen), step, values)
+                seen = rule.seen(values)
+                _count(record, bool(seen), step)
                 if seen and self._due(rule, record, step):
                     record.warned = True
                     lines.append(f"{seen} {rule.advice}")
@@ -75,22 +74,22 @@ class CollapseWatch:
         return not record.warned and (lasts or rule.at_once)
 
 
-def _count(record: _Record, bad: bool, step: int, values: Values) -> None:
+def _count(record: _Record, bad: bool, step: int) -> None:
     """Take in one more check."""
     if bad and not record.bad:
-        record.since, record.first = step, dict(values)
+        record.since = step
     record.bad, record.good = (record.bad + 1, 0) if bad else (0, record.good + 1)
     if record.good >= RECOVERED:
         record.warned = False
 
 
-def _not_finite(values: Values, _: Values) -> str:
+def _not_finite(values: Values) -> str:
     names = [name for name, value in values.items() if not math.isfinite(value)]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"{', '.join(names[:4])}{more} not finite." if names else ""
 
 
-def _one_prototype(values: Values, _: Values) -> str:
+def _one_prototype(values: Values) -> str:
     used = values.get("signal/prototypes_used", math.inf)
     if not 0 < used < 1.5:
         return ""
@@ -101,7 +100,7 @@ def _one_prototype(values: Values, _: Values) -> str:
     )
 
 
-def _no_information(values: Values, _: Values) -> str:
+def _no_information(values: Values) -> str:
     known, of_patches = (values.get(f"signal/{kind}target_information", math.inf) for kind in ("", "patch_"))
     if not (known < 1e-4 and of_patches < 1e-3):
         return ""
@@ -112,14 +111,14 @@ def _no_information(values: Values, _: Values) -> str:
     )
 
 
-def _equal_features(values: Values, first: Values) -> str:
-    cosine = values.get("signal/teacher_cosine", 0.0)
-    moving_apart = 1 - cosine > 2 * (1 - first.get("signal/teacher_cosine", 0.0))
-    if not cosine > 0.99 or moving_apart:
+def _equal_features(values: Values) -> str:
+    teacher, student = (values.get(f"signal/{branch}_cosine", 0.0) for branch in ("teacher", "student"))
+    # The student leads: in a start that is only slow, its tokens part long before the teacher's do.
+    if not (teacher > 0.99 and student > 0.9):
         return ""
     rank = _number(values, "feature_rank")
     seen = "The class tokens of all images point in one direction"
-    return f"{seen}: mean cosine {cosine:.4f}, effective rank {rank}."
+    return f"{seen}: mean cosine {teacher:.4f} (student {student:.4f}), effective rank {rank}."
 
 
 def _number(values: Values, name: str) -> str:
@@ -148,7 +147,7 @@ RULES = (
     ),
     Rule(
         _equal_features,
-        "This is collapse of the features: the class token no longer tells images apart. Raise "
+        "This is collapse of the features: the class token does not tell images apart. Raise "
         "loss.koleo_weight (0.1), lower optim.lr, or use loss.centering=sinkhorn.",
         late=True,
     ),

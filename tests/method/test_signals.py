@@ -65,8 +65,7 @@ def entropy(p: list[float]) -> float:
 
 
 def naive_targets(prefix: str, rows: list[list[float]]) -> dict[str, float]:
-    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    each = sum(entropy(row) for row in rows) / len(rows)
+    mean, each = [sum(k) / len(rows) for k in zip(*rows, strict=True)], sum(map(entropy, rows)) / len(rows)
     return {
         f"{prefix}teacher_entropy": each,
         f"{prefix}teacher_entropy_share": each / math.log(PROTOTYPES),
@@ -296,5 +295,5 @@ def test_a_real_step_has_finite_signals_and_norms_of_every_layer() -> None:
 
 
 def test_norms_without_gradients_are_those_of_the_weights() -> None:
-    layer = nn.Linear(3, 2)
-    assert set(norms(nn.ModuleDict({"head": layer}))) == {"weight_norm/head.weight", "weight_norm/head.bias"}
+    layers = nn.ModuleDict({"head": nn.Linear(3, 2)})
+    assert set(norms(layers)) == {"weight_norm/head.weight", "weight_norm/head.bias"}
