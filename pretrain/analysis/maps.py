@@ -50,7 +50,8 @@ class PatchPca:
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
         ends = torch.tensor([OUTLIERS, 1 - OUTLIERS], dtype=torch.float64)
         low, high = torch.quantile((rows - mean) @ basis, ends, dim=0)
-        return cls(mean.float(), basis.float(), low.float(), high.float())
+        # The layout decides the order of the sums: contiguous like a loaded one, to draw the same picture later.
+        return cls(mean.float(), basis.float().contiguous(), low.float(), high.float())
 
     def project(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Patch tokens (n, N, D) as colours (n, 3, h, w) from 0 to 1; `grid` is (h, w), else a square."""
