@@ -20,7 +20,7 @@ class Batch:
     order of their positions, whole groups of `group_size` one after another.
     """
 
-    global_crops: Tensor  # (G*B, C, S, S), uint8 from the loader, float32 after normalisation
+    global_crops: Tensor  # (G*B, C, S, S) uint8 as loaded, or float32 normalised
     local_crops: Tensor  # (L*B, C, s, s), likewise
     masks: Tensor  # (G*B, N) bool: patches hidden from the student
     mask_indices: Tensor  # (M,) int64 into the flattened masks, M >= 1
@@ -45,15 +45,16 @@ class Batch:
         """The batch on a device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory, so that copies to a GPU overlap with compute."""
-        return self._map(Tensor.pin_memory)
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory, which another stream filled, until the work queued on this one is done."""
+        self._map(lambda t: t.record_stream(stream))
 
     def normalize(self, mean: Tensor, std: Tensor) -> "Batch":
-        """Crops as float32, `(pixel / 255 - mean) / std`; mean and std are (C,), on the batch's device."""
+        """The batch with crops as float32; see `normalize_pixels`."""
+        crops = (normalize_pixels(crops, mean, std) for crops in (self.global_crops, self.local_crops))
+        return replace(self, global_crops=next(crops), local_crops=next(crops))
 
-        def scaled(crops: Tensor) -> Tensor:
-            shift, scale = mean.view(-1, 1, 1) * 255, 1 / (std.view(-1, 1, 1) * 255)
-            return (crops.float() - shift) * scale
 
-        return replace(self, global_crops=scaled(self.global_crops), local_crops=scaled(self.local_crops))
+def normalize_pixels(crops: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(n, C, S, S) uint8 as float32, `(pixel / 255 - mean) / std`; mean and std are (C,), on its device."""
+    return (crops.float() - mean.view(-1, 1, 1) * 255) * (1 / (std.view(-1, 1, 1) * 255))

@@ -65,8 +65,16 @@ class Report:
         self.averages.add(observation.layer_norms)
         self.throughput.add(self.cfg.optim.global_batch_size)
 
-    def write(self, step: int, values: StepValues, observation: Observation) -> None:
+    def write(
+        self, step: int, values: StepValues, observation: Observation, loading: Mapping[str, float]
+    ) -> None:
         """Write the window that ends with this step, and say what looks wrong: here the host waits.
+
+        Args:
+            step: optimizer steps done.
+            values: of the last step.
+            observation: of the last step.
+            loading: what the loader counted.
 
         Raises:
             TrainingError: too many steps in a row were bad.
@@ -74,7 +82,9 @@ class Report:
         last = observation
         self.averages.add(signals(last.student, last.teacher, last.targets, last.batch))
         scalars = self.averages.means() | prefixed("schedule", asdict(values))
-        scalars |= prefixed("seconds", self.timer.means()) | self._bad_steps(step)
+        seconds = self.timer.means()
+        scalars |= prefixed("seconds", seconds) | prefixed("loader", loading) | self._bad_steps(step)
+        scalars["loader/data_wait_percent"] = 100 * seconds["data"] / max(sum(seconds.values()), 1e-9)
         scalars["images_per_s"] = self.throughput.rate()
         self.metrics.write(step, scalars)
         self.progress.update(step, scalars)

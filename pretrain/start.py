@@ -10,6 +10,7 @@ from pretrain import distributed
 from pretrain.config.derived import uses_rmlp, vit_shape
 from pretrain.config.load import config_text, diff_configs, load_config, save_config
 from pretrain.config.schema import Config
+from pretrain.data.loader import TrainLoader
 from pretrain.engines.base import Engine
 from pretrain.errors import InputError
 from pretrain.export import read_export
@@ -75,17 +76,17 @@ def load_backbone(backbone: VisionTransformer, path: Path) -> None:
     backbone.load_state_dict(export.state)
 
 
-def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, num_samples: int) -> int:
-    """Bring the engine to the state that the run starts from; the number of optimizer steps done.
+def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, loader: TrainLoader) -> int:
+    """Bring engine and loader to where the run starts; the number of optimizer steps done so far.
 
     Args:
         cfg: of the run.
         engine: with initial weights.
         checkpoints: of the run's folder.
-        num_samples: images in the data set; another number than before is said, not refused.
+        loader: at the beginning; another data set or batch size than before is said, not refused.
 
     Raises:
-        InputError: the checkpoint is damaged, of another model, or of another global batch size.
+        InputError: the checkpoint is damaged, or of another model.
     """
     # 1. this run's newest checkpoint; 2. checkpoint.resume_from;
     # 3. model.init_from; 4. random weights: the last two are in the branches already.
@@ -97,17 +98,19 @@ def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, num_sample
     state = engine.state_dict()
     data, facts = load_checkpoint(source, state)
     engine.load_state_dict(state)
-    if (data["seed"], data["num_samples"]) != (cfg.run.seed, num_samples):
-        print(
-            f"changed since {source}: seed {data['seed']}, {data['num_samples']} samples are now seed "
-            f"{cfg.run.seed}, {num_samples} samples; the order of the data is another one from here on"
-        )
-    if facts["global_batch_size"] != cfg.optim.global_batch_size:
-        raise InputError(
-            f"optim.global_batch_size: {source} was trained with {facts['global_batch_size']} images a step, "
-            f"here are {cfg.optim.global_batch_size}; continue with the same number"
-        )
-    return int(facts["step"])
+    step, batch = int(facts["step"]), cfg.optim.global_batch_size
+    loader.load_state_dict(data, step)
+    old, new = ({key: d[key] for key in ("seed", "num_samples")} for d in (data, loader.state_dict(step)))
+    if old != new:
+        print(f"changed since {source}: {_listed(old)} -> {_listed(new)}; the data come in another order now")
+    if facts["global_batch_size"] != batch:
+        change = f"{facts['global_batch_size']} -> {batch} images a step"
+        print(f"changed since {source}: {change}; reading goes on at position {data['position']}")
+    return step
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def record_run(cfg: Config, folder: Path) -> None:

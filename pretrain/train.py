@@ -4,7 +4,7 @@ The file to read first. The loop owns the order of things, the engine execution,
 loader the position in the data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
 from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.single import SingleEngine
-from pretrain.errors import InputError
+from pretrain.errors import InputError, TrainingError
 from pretrain.export import write_export
 from pretrain.method.dinov2 import DinoV2
 from pretrain.method.outputs import Observation, share_prototypes
@@ -52,7 +52,7 @@ def main(cfg: Config) -> int:
 
     Raises:
         InputError: the config, the data or the run folder cannot be used.
-        TrainingError: the loss or the gradients were not finite for `optim.max_bad_steps` steps.
+        TrainingError: too many steps in a row were bad, or the data cannot be read any more.
     """
     with RunLock(Path(cfg.run.dir)), Preemption() as preemption:
         run = build(cfg)
@@ -81,7 +81,7 @@ def build(cfg: Config) -> Run:
             engine = SingleEngine(student, teacher, method, cfg.optim, cfg.engine, device)
     folder = Path(cfg.run.dir)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.keep_every)
-    step = load_start(cfg, engine, checkpoints, loader.num_samples)
+    step = load_start(cfg, engine, checkpoints, loader)
     record_run(cfg, folder)
     return Run(cfg, folder, engine, method, loader, Schedules(cfg), checkpoints, step)
 
@@ -94,7 +94,7 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
     profiler = StepProfiler(run.folder / "tensorboard", cfg.log.profile_steps, run.step)
 
     with profiler:
-        for step, micro_batches in timer.each("data", run.loader.steps(run.step, cfg.run.steps)):
+        for step, micro_batches in timer.each("data", read_steps(run)):
             values = run.schedules.at(step)
             result, observation = train_step(run, step, values, micro_batches, timer)
             run.step = step + 1
@@ -102,7 +102,7 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
             profiler.step(step)
 
             if due(run, cfg.log.every):
-                report.write(run.step, values, observation)
+                report.write(run.step, values, observation, run.loader.counters.means())
             if preemption.requested() and run.step < cfg.run.steps:
                 save_checkpoint(run)
                 report.progress.say(f"step {run.step}: {preemption.reason}; saved, start again to continue")
@@ -115,6 +115,15 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
                 report.evaluate(run.step)
             if due(run, cfg.checkpoint.every):
                 save_checkpoint(run)  # last: a run that is killed before it does what is missing once more
+
+
+def read_steps(run: Run) -> Iterator[tuple[int, list[Batch]]]:
+    """The loader's steps. Where it fails the run is saved first: between two steps its state is whole."""
+    try:
+        yield from run.loader.steps(run.step, run.cfg.run.steps)
+    except (InputError, TrainingError):
+        save_checkpoint(run)
+        raise
 
 
 def train_step(
@@ -154,14 +163,8 @@ def due(run: Run, every: int) -> bool:
 
 def save_checkpoint(run: Run) -> None:
     """Save all that an exact continuation needs."""
-    position, num_samples = run.step * run.cfg.optim.global_batch_size, run.loader.num_samples
-    data = {
-        "seed": run.cfg.run.seed,
-        "epoch": position // num_samples,
-        "position": position,
-        "num_samples": num_samples,
-    }
-    run.checkpoints.save(run.step, run.engine.state_dict(), data, run_facts(run.cfg, run.step))
+    data, facts = run.loader.state_dict(run.step), run_facts(run.cfg, run.step)
+    run.checkpoints.save(run.step, run.engine.state_dict(), data, facts)
 
 
 def export_teacher(run: Run) -> Path:

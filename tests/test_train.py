@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def tensors(cfg: Config) -> dict[str, torch.Tensor]:
 
 def metric_lines(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timing = ("images_per_s", "seconds/")
+    timing = ("images_per_s", "seconds/", "loader/")
     return [{k: v for k, v in line.items() if not k.startswith(timing)} for line in lines]
 
 
@@ -173,7 +174,7 @@ def test_a_run_killed_before_its_last_checkpoint_still_exports(shards, tmp_path,
 def test_another_data_set_is_named_at_the_next_start(shards, tmp_path, capsys):
     main(config(shards, tmp_path / "run", "run.steps=3"))
     build(config(shards, tmp_path / "run", "run.steps=6", f"data.shards=[{shards}/test-*.tar]"))
-    assert "1400 samples are now seed 0, 397 samples" in capsys.readouterr().out
+    assert "seed 0, num_samples 1400 -> seed 0, num_samples 397; " in capsys.readouterr().out
 
 
 def test_a_config_of_another_version_does_not_stop_the_run(shards, tmp_path, capsys):
@@ -216,10 +217,25 @@ def test_an_export_of_another_model_is_refused(shards, tmp_path, override, messa
     assert not (tmp_path / "second" / "config.yaml").exists()
 
 
-def test_another_global_batch_is_refused(shards, tmp_path):
+def test_another_global_batch_goes_on_at_the_same_position(shards, tmp_path, capsys):
     main(config(shards, tmp_path / "run", "run.steps=3"))
-    with pytest.raises(InputError, match=r"optim.global_batch_size: .* 16 images a step, here are 8"):
-        build(config(shards, tmp_path / "run", "run.steps=6", "optim.global_batch_size=8"))
+    run = build(config(shards, tmp_path / "run", "run.steps=6", "optim.global_batch_size=8"))
+    assert "16 -> 8 images a step; reading goes on at position 48" in capsys.readouterr().out
+    assert next(run.loader.steps(3, 4))[1][0].position == 48
+
+
+def test_data_that_cannot_be_read_any_more_end_the_run_with_a_checkpoint(shards, tmp_path):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    cfg = config(folder, tmp_path / "run", "run.steps=1000", "data.open_shards=1", "checkpoint.every=1000")
+    process = start(cfg, tmp_path / "run.yaml")
+    signal_after(process, tmp_path / "run" / "metrics.jsonl", 3, signal.SIGCONT)
+    for shard in folder.glob("train-*.tar"):
+        shard.write_bytes(bytes(1024))
+    assert process.wait() == 3
+    assert "was replaced while it is in use" in (tmp_path / "run.log").read_text()
+    newest = max((tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert (newest / "COMPLETE").exists() and 3 <= int(newest.name[5:]) < 1000
 
 
 def test_a_signal_saves_at_the_step_boundary_and_the_run_continues(shards, tmp_path):

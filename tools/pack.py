@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pretrain.command_line import Parser, exit_status
-from pretrain.data.index import build_index
+from pretrain.data.indexing import build_index
 from pretrain.data.shards import list_shards
 from pretrain.data.sources import (
     add_groups,

@@ -50,7 +50,7 @@ class PatchPca:
         basis = basis * basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
         ends = torch.tensor([OUTLIERS, 1 - OUTLIERS], dtype=torch.float64)
         low, high = torch.quantile((rows - mean) @ basis, ends, dim=0)
-        # The layout decides the order of the sums: contiguous like a loaded one, to draw the same picture later.
+        # The layout decides the order of the sums: contiguous like a loaded one, for the same picture.
         return cls(mean.float(), basis.float().contiguous(), low.float(), high.float())
 
     def project(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

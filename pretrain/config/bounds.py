@@ -48,14 +48,14 @@ BOUNDS = (
         lambda value: value > 0,
         """
         model.ffn_ratio model.layer_scale loss.student_temp teacher.warmup_temp teacher.temp optim.lr
-        log.knn.temperature
+        log.knn.temperature data.worker_timeout
         """,
     ),
     Bound(
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
         """
-        loss.center_momentum teacher.momentum teacher.final_momentum mask.probability
+        loss.center_momentum teacher.momentum teacher.final_momentum mask.probability data.max_corrupt
         data.augment.flip_probability data.augment.jitter_probability data.augment.grayscale_probability
         data.augment.solarize_probability
         """,

@@ -89,11 +89,25 @@ def _check_sizes(cfg: Config) -> None:
 
 
 def _check_data(data: DataConfig, channels: int) -> None:
-    _require(bool(data.shards), "data.shards", "names no shard; give paths, globs or brace patterns")
-    _check_names("data.shards", data.shards)
+    _check_sources(data)
     for key, values in {"data.mean": data.mean, "data.std": data.std}.items():
         _require(len(values) == channels, key, f"needs {channels} values, one a channel, got {values}")
     _require(min(data.std) > 0, "data.std", f"must be above 0, got {data.std}")
+
+
+def _check_sources(data: DataConfig) -> None:
+    nothing = "names no shard; give paths, globs or brace patterns"
+    if data.sources:
+        both = "is given beside data.sources; set one of the two to []"
+        _require(data.shards in ([], DataConfig().shards), "data.shards", both)
+    else:
+        _require(bool(data.shards), "data.shards", nothing)
+        _check_names("data.shards", data.shards)
+    for i, source in enumerate(data.sources):
+        _require(bool(source.shards), f"data.sources.{i}.shards", nothing)
+        _check_names(f"data.sources.{i}.shards", source.shards)
+        positive = 0 < source.weight < math.inf
+        _require(positive, f"data.sources.{i}.weight", f"must be above 0 and finite, got {source.weight}")
 
 
 def _check_names(key: str, names: Sequence[str]) -> None:

@@ -53,6 +53,15 @@ def _section(section: Any, prefix: str) -> Iterator[str]:
         yield "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
     for name in nested:
         yield from _section(getattr(section, name), f"{prefix}{name}.")
+    for name in names:
+        if item := _item_section(hints[name]):
+            yield from _section(item(), f"{prefix}{name}.*.")
+
+
+def _item_section(hint: Any) -> type | None:
+    """The dataclass of a list's items, if they are of one."""
+    item = get_args(hint)[0] if get_origin(hint) is list else None
+    return item if isinstance(item, type) and is_dataclass(item) else None
 
 
 def _notes(section: type) -> dict[str, str]:
@@ -96,6 +105,8 @@ def _kind(hint: Any) -> str:
     """A type in plain words."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    if _item_section(hint):
+        return "list of sections"
     if get_origin(hint) is list:
         return f"list of {_kind(get_args(hint)[0])}"
     options = get_args(hint)

@@ -140,15 +140,26 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of several data sets that are mixed."""
+
+    shards: list[str] = field(default_factory=list)  # paths, globs or brace patterns
+    weight: float = 1.0  # share of the images that come from here, relative to the other weights
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, in which order, and what is cut from each image."""
 
     shards: list[str] = field(default_factory=lambda: ["data/train-*.tar"])  # paths, globs or brace patterns
+    sources: list[SourceConfig] = field(default_factory=list)  # several data sets, in place of shards
     shuffle: Literal["block", "full", "none"] = "block"  # block: shards permuted, open_shards mixed
     open_shards: int = 16  # shards whose samples are mixed by shuffle=block
     group_size: int = 64  # images sharing mask budget, KoLeo neighbours, drop-path subset (DINOv2: a GPU's)
     workers: int = 8  # processes that decode and augment; 0 = in the training process
-    prefetch: int = 2  # micro-batches in flight per worker
+    prefetch: int = 2  # groups in flight per worker
+    worker_timeout: float = 900.0  # seconds without a group before a worker counts as stuck and is restarted
+    max_corrupt: float = 0.01  # share of samples that may be corrupt, and are replaced; more end the run
     global_crops: CropConfig = field(default_factory=CropConfig)  # two per image; the teacher sees these
     local_crops: LocalCropConfig = field(default_factory=LocalCropConfig)  # only the student sees these
     augment: AugmentConfig = field(default_factory=AugmentConfig)

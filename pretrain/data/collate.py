@@ -1,63 +1,44 @@
-"""Groups of images to a `Batch`: crop-major over the whole micro-batch.
+"""A slot of groups to a `Batch`: crop-major over the whole micro-batch.
 
 Shapes here: n groups, gs images in a group, B = n * gs, and those of `pretrain.batch`.
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.data.decode import Pixels
 from pretrain.data.drop_path import PADDING, Rows
-from pretrain.data.masking import Mask
+from pretrain.data.slots import SlotArrays
 
 
-@dataclass(frozen=True)
-class Group:
-    """The images that share mask budgets and drop-path subsets; rows inside it count `crop * gs + image`."""
+def collate(slot: SlotArrays, position: int) -> Batch:
+    """One micro-batch; its crops are views of the slot.
 
-    global_crops: Pixels  # (G, gs, C, S, S) uint8
-    local_crops: Pixels  # (L, gs, C, s, s) uint8
-    masks: Mask  # (G * gs, N)
-    drop_global: Rows | None  # (depth, 2, kept) rows of the group's global crops; None = nothing is dropped
-    drop_local: Rows | None  # likewise for the local crops
-    position: int  # of the first image
-
-    @property
-    def size(self) -> int:
-        """gs."""
-        return int(self.global_crops.shape[1])
-
-
-def collate(groups: Sequence[Group]) -> Batch:
-    """One micro-batch of equally sized groups, in the order given."""
-    masks = _join_masks(groups)
+    Args:
+        slot: filled.
+        position: of the first image.
+    """
+    size = slot.group_size
+    masks = _join_masks(slot)
     return Batch(
-        global_crops=_join_crops([group.global_crops for group in groups]),
-        local_crops=_join_crops([group.local_crops for group in groups]),
+        global_crops=torch.from_numpy(slot.global_crops).flatten(0, 1),
+        local_crops=torch.from_numpy(slot.local_crops).flatten(0, 1),
         masks=masks,
         mask_indices=_at_least_one(masks.flatten().nonzero().flatten()),
         mask_weights=_at_least_one(_mask_weights(masks)),
-        drop_global=_join_rows([group.drop_global for group in groups], groups[0].size),
-        drop_local=_join_rows([group.drop_local for group in groups], groups[0].size),
-        group_size=groups[0].size,
-        position=groups[0].position,
+        drop_global=_join_rows(slot.drop_global, size),
+        drop_local=_join_rows(slot.drop_local, size),
+        group_size=size,
+        position=position,
     )
 
 
-def _join_crops(crops: Sequence[Pixels]) -> Tensor:
-    """n times (G, gs, ...) to (G * B, ...)."""
-    return torch.from_numpy(np.concatenate(crops, axis=1)).flatten(0, 1)
-
-
-def _join_masks(groups: Sequence[Group]) -> Tensor:
-    """n times (G * gs, N) to (G * B, N)."""
-    split = [group.masks.reshape(-1, group.size, group.masks.shape[-1]) for group in groups]
-    return torch.from_numpy(np.concatenate(split, axis=1)).flatten(0, 1)
+def _join_masks(slot: SlotArrays) -> Tensor:
+    """(n, G * gs, N) to (G * B, N)."""
+    groups, _, patches = slot.masks.shape
+    split = slot.masks.reshape(groups, -1, slot.group_size, patches)
+    return torch.from_numpy(split.transpose(1, 0, 2, 3).reshape(-1, patches))
 
 
 def _mask_weights(masks: Tensor) -> Tensor:
@@ -71,13 +52,12 @@ def _at_least_one(rows: Tensor) -> Tensor:
     return rows if len(rows) else rows.new_zeros(1)
 
 
-def _join_rows(rows: Sequence[Rows | None], size: int) -> Tensor | None:
-    """n times (depth, 2, kept) rows of a group to (depth, 2, n * kept) of the micro-batch, padding last."""
-    present = [part for part in rows if part is not None]
-    if not present:
+def _join_rows(rows: Rows | None, size: int) -> Tensor | None:
+    """(n, depth, 2, kept) rows of groups to (depth, 2, n * kept) of the micro-batch, padding last."""
+    if rows is None:
         return None
-    moved = [_to_micro_batch(part, i * size, size, len(rows) * size) for i, part in enumerate(present)]
-    joined = np.concatenate(moved, axis=-1)
+    count = len(rows) * size
+    joined = np.concatenate([_to_micro_batch(part, i * size, size, count) for i, part in enumerate(rows)], -1)
     valid_first = np.argsort(joined == PADDING, axis=-1, kind="stable")
     return torch.from_numpy(np.take_along_axis(joined, valid_first, axis=-1))
 

@@ -1,133 +1,39 @@
 """Micro-batches of a training run, step by step, on the device.
 
-Reading is a pure function of the position: worker count, world size, accumulation and restarts change neither
-which images a position holds nor how they are cut. The unit of work is a group: `data.group_size` consecutive
-positions.
+Reading is a pure function of the position (`group.py`), so all that is ever saved is where a run stands.
 """
 
-import multiprocessing
-import warnings
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from multiprocessing.context import BaseContext
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
 
+from pretrain import distributed
 from pretrain.batch import Batch
-from pretrain.config.derived import drop_path_rates
 from pretrain.config.schema import Config
-from pretrain.data.augment import augment
-from pretrain.data.collate import Group, collate
-from pretrain.data.decode import Pixels, decode
-from pretrain.data.drop_path import drop_subsets
-from pretrain.data.masking import group_masks
-from pretrain.data.order import Order
-from pretrain.data.reader import Reader
-from pretrain.data.shards import list_shards
-from pretrain.data.workers import start_worker
+from pretrain.data.collate import collate
+from pretrain.data.corrupt import CorruptLog
+from pretrain.data.counters import Counters
+from pretrain.data.device_copy import DeviceCopier
+from pretrain.data.group import GroupMaker
+from pretrain.data.pool import InlinePool, Pool, WorkerPool
+from pretrain.data.slots import LocalSlots, SharedSlots, SlotLayout
+from pretrain.data.workers import Task
 from pretrain.errors import InputError
-from pretrain.seeding import numpy_stream
 
-PRELOADED = ["pretrain.data.loader"]  # imported once by the fork server, not by each worker
-
-
-class Groups(Dataset[Group | InputError]):
-    """Groups by the position of their first image."""
-
-    def __init__(self, cfg: Config) -> None:
-        """Open the data set of a configuration.
-
-        Raises:
-            InputError: `data.shards` cannot be used.
-        """
-        self.cfg = cfg
-        self.reader = Reader(list_shards(cfg.data.shards, "data.shards"))
-        if not sum(self.reader.sizes):
-            raise InputError(f"data.shards: {', '.join(cfg.data.shards)} hold no sample")
-        self.order = Order(self.reader.sizes, cfg.run.seed, cfg.data.shuffle, cfg.data.open_shards)
-
-    def __getitem__(self, position: int) -> Group | InputError:
-        """The group that starts at a position; an error is handed over as a value.
-
-        A DataLoader would turn an exception into many lines of text; the one line for the user would be lost.
-        """
-        try:
-            return self._group(position)
-        except InputError as error:
-            return error
-
-    def _group(self, first: int) -> Group:
-        global_crops, local_crops = self._read_crops(first)
-        size, local_count = self.cfg.data.group_size, self.cfg.data.local_crops.number
-        rates = drop_path_rates(self.cfg.model)
-        place = (self.order.at(first).epoch, first)
-        seed = self.cfg.run.seed
-        grid = self.cfg.data.global_crops.size // self.cfg.model.patch_size
-        return Group(
-            global_crops=global_crops,
-            local_crops=local_crops,
-            masks=group_masks(self.cfg.mask, grid, 2 * size, numpy_stream(seed, "mask", *place)),
-            drop_global=drop_subsets(rates, 2 * size, numpy_stream(seed, "drop_path", *place, "global")),
-            drop_local=drop_subsets(
-                rates, local_count * size, numpy_stream(seed, "drop_path", *place, "local")
-            ),
-            position=first,
-        )
-
-    def _read_crops(self, first: int) -> tuple[Pixels, Pixels]:
-        """(2, gs, 3, S, S) and (L, gs, 3, s, s) crops of the images from a position on."""
-        data = self.cfg.data
-        large, small = data.global_crops.size, data.local_crops.size
-        global_crops = np.empty((2, data.group_size, 3, large, large), np.uint8)
-        local_crops = np.empty((data.local_crops.number, data.group_size, 3, small, small), np.uint8)
-        for i in range(data.group_size):
-            self.read_image(first + i, global_crops[:, i], local_crops[:, i])
-        return global_crops, local_crops
-
-    def read_image(
-        self,
-        position: int,
-        global_out: Pixels,
-        local_out: Pixels,
-    ) -> None:
-        """Cut the crops of the image at a position into (2, 3, S, S) and (L, 3, s, s) uint8 arrays."""
-        sample = self.order.at(position)
-        item = self.reader.read(sample.shard, sample.index)
-        try:
-            image = decode(item.image)
-        except ValueError as error:
-            shard = self.reader.shards[sample.shard]
-            raise InputError(f"{shard}: sample {item.key}: {error}; re-pack the shard without it") from error
-        rng = numpy_stream(self.cfg.run.seed, "augment", sample.epoch, position)
-        augment(image, self.cfg.data, rng, global_out, local_out)
+CPU = torch.device("cpu")
 
 
-class _StepRange(Sampler[list[int]]):
-    """The groups of one rank's micro-batches for a range of steps."""
+@dataclass
+class _Pending:
+    """A micro-batch that is being made."""
 
-    def __init__(self, cfg: Config, micro_batch: int, rank: int, world_size: int, steps: range) -> None:
-        self.cfg, self.micro_batch, self.rank, self.world_size, self.range = (
-            cfg,
-            micro_batch,
-            rank,
-            world_size,
-            steps,
-        )
-
-    def __len__(self) -> int:
-        return len(self.range) * self.cfg.engine.accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        accumulation, group = self.cfg.engine.accumulation_steps, self.cfg.data.group_size
-        for step in self.range:
-            for i in range(accumulation):
-                start = (
-                    step * self.cfg.optim.global_batch_size
-                    + (self.rank * accumulation + i) * self.micro_batch
-                )
-                yield list(range(start, start + self.micro_batch, group))
+    slot: int
+    position: int
+    groups_left: int
 
 
 class TrainLoader:
@@ -156,60 +62,135 @@ class TrainLoader:
             )
         self.cfg, self.device, self.micro_batch = cfg, device, micro_batch
         self.rank, self.world_size = rank, world_size
-        self.groups = Groups(cfg)
-        self.mean = torch.tensor(cfg.data.mean, device=device)
-        self.std = torch.tensor(cfg.data.std, device=device)
+        self.maker = GroupMaker(cfg, rank, world_size)
+        self.layout = SlotLayout(cfg, micro_batch)
+        self.counters = Counters(cfg.data.workers)
+        name = "corrupt.tsv" if rank == 0 else f"corrupt_rank{rank}.tsv"
+        self.corrupt = CorruptLog(Path(cfg.run.dir) / name, cfg.data.max_corrupt)
+        self.origin = 0  # position of step 0, had all steps taken the batch of this session
 
     @property
     def num_samples(self) -> int:
         """Images in the data set, that is, in an epoch."""
-        return len(self.groups.order)
+        return len(self.maker.order)
+
+    def position(self, step: int) -> int:
+        """Images that the run has read before a step."""
+        return self.origin + step * self.cfg.optim.global_batch_size
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Where the run stands after so many steps: a few integers."""
+        position = self.position(step)
+        sources = zip(self.maker.order.orders, self.maker.order.source_positions(position), strict=True)
+        return {
+            "seed": self.cfg.run.seed,
+            "position": position,
+            "num_samples": self.num_samples,
+            "sources": [{"samples": len(order), "epoch": read // len(order)} for order, read in sources],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go on where a run stood that had done so many steps, of whatever batch size."""
+        self.origin = state["position"] - step * self.cfg.optim.global_batch_size
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(step, its micro-batches with normalised crops) for each step in [first, last).
+        """(step, its micro-batches with uint8 crops) for each step in [first, last).
+
+        A batch is valid until the next step is asked for: on a CPU its crops are a slot of the workers.
 
         Raises:
-            InputError: an image is damaged; names shard and key.
+            InputError: too many samples are corrupt.
+            TrainingError: a shard cannot be read, or a worker cannot be kept alive.
         """
-        with warnings.catch_warnings():
-            # torch warns twice of more workers than cores, in three lines each.
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            batches = iter(self._loader(range(first, last)))
+        if first >= last:
+            return
+        feed = _Feed(self, self._positions(first, last))
         try:
             for step in range(first, last):
-                micro_batches = islice(batches, self.cfg.engine.accumulation_steps)
-                yield step, [self._to_device(batch) for batch in micro_batches]
+                yield step, feed.take(self.cfg.engine.accumulation_steps)
         finally:
-            del batches  # ends the workers at once; the traceback of an error would keep them otherwise
+            feed.close()
 
-    def _to_device(self, batch: Batch | InputError) -> Batch:
-        if isinstance(batch, InputError):
-            raise batch
-        return batch.to(self.device, non_blocking=True).normalize(self.mean, self.std)
+    def _positions(self, first: int, last: int) -> Iterator[int]:
+        """Where each micro-batch of this rank begins."""
+        accumulation = self.cfg.engine.accumulation_steps
+        for step in range(first, last):
+            for i in range(accumulation):
+                yield self.position(step) + (self.rank * accumulation + i) * self.micro_batch
 
-    def _loader(self, steps: range) -> DataLoader[Group | InputError]:
-        sampler = _StepRange(self.cfg, self.micro_batch, self.rank, self.world_size, steps)
-        workers = self.cfg.data.workers
-        return DataLoader(
-            self.groups,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=_collate_or_error,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=start_worker,
-            multiprocessing_context=_fork_server() if workers else None,
-            prefetch_factor=self.cfg.data.prefetch if workers else None,
-            generator=torch.Generator(),  # else DataLoader draws a number from the global one
-        )
+    @property
+    def num_slots(self) -> int:
+        """Micro-batches in memory: those of a step, and enough ahead for each worker to have its groups."""
+        groups = self.micro_batch // self.cfg.data.group_size
+        ahead = -(-self.cfg.data.workers * self.cfg.data.prefetch // groups)
+        return self.cfg.engine.accumulation_steps + ahead
 
 
-def _collate_or_error(groups: Sequence[Group | InputError]) -> Batch | InputError:
-    errors = [group for group in groups if isinstance(group, InputError)]
-    return errors[0] if errors else collate([group for group in groups if isinstance(group, Group)])
+class _Feed:
+    """One session of loading: slots, workers, and the micro-batches under way."""
 
+    def __init__(self, loader: TrainLoader, positions: Iterator[int]) -> None:
+        self.loader, self.positions = loader, positions
+        self.group_size = loader.cfg.data.group_size
+        self.slots: SharedSlots | LocalSlots
+        self.pool: Pool
+        data, count = loader.cfg.data, loader.num_slots
+        if data.workers:
+            self.slots = SharedSlots(loader.layout, count, distributed.free_memory(CPU))
+            self.pool = WorkerPool(loader.maker, self.slots, data.workers, data.worker_timeout)
+        else:
+            self.slots = LocalSlots(loader.layout, count)
+            self.pool = InlinePool(loader.maker, self.slots)
+        self.copier = DeviceCopier(loader.device, self.slots)
+        self.free = deque(range(count))
+        self.pending: deque[_Pending] = deque()
+        self.ahead: list[Batch] = []  # of the next step, on their way to the device
 
-def _fork_server() -> BaseContext:
-    """Workers from a clean process: a fork of the training process would copy its locks and CUDA state."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+    def take(self, count: int) -> list[Batch]:
+        """The next micro-batches; those of the step before are not valid any more."""
+        self.free.extend(self.copier.release())  # on a CPU those of the step before
+        batches, self.ahead = self.ahead, []
+        while len(batches) < count:
+            batches.append(self._next())
+        arrived = [self.copier.arrived(batch) for batch in batches]
+        self._look_ahead(count)
+        return arrived
+
+    def _look_ahead(self, count: int) -> None:
+        """Start what can be started for the next step without waiting."""
+        self._schedule()
+        if not self.copier.overlaps:
+            return
+        self._collect(seconds=0)
+        while len(self.ahead) < count and self.pending and not self.pending[0].groups_left:
+            self.ahead.append(self._next())
+
+    def _next(self) -> Batch:
+        self._schedule()
+        while self.pending[0].groups_left:
+            self._collect(seconds=None)
+        done = self.pending.popleft()
+        return self.copier.send(collate(self.slots.arrays(done.slot), done.position), done.slot)
+
+    def _schedule(self) -> None:
+        """Give every free slot a micro-batch to come."""
+        if self.copier.overlaps:
+            self.free.extend(self.copier.release(wait=not self.free and not self.pending))
+        while self.free and (position := next(self.positions, None)) is not None:
+            slot, groups = self.free.popleft(), self.loader.micro_batch // self.group_size
+            self.pending.append(_Pending(slot, position, groups))
+            for group in range(groups):
+                self.pool.submit(Task(slot, group, position + group * self.group_size))
+
+    def _collect(self, seconds: float | None) -> None:
+        for done in self.pool.wait(seconds):
+            if done.error is not None:
+                raise done.error
+            self.loader.counters.add(done)
+            self.loader.corrupt.add(done.report.images, done.report.corrupt)
+            next(p for p in self.pending if p.slot == done.task.slot).groups_left -= 1
+
+    def close(self) -> None:
+        """End the workers."""
+        self.pool.close()
+        self.copier.close()

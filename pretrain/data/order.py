@@ -80,7 +80,9 @@ class _ShardOrder(NamedTuple):
 class Order:
     """The endless sequence of samples of a run."""
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, shuffle: Shuffle, open_shards: int) -> None:
+    def __init__(
+        self, shard_sizes: Sequence[int], seed: int, shuffle: Shuffle, open_shards: int, source: int = 0
+    ) -> None:
         """Order the samples of a data set.
 
         Args:
@@ -90,6 +92,7 @@ class Order:
                 are permuted, and the samples of each `open_shards` consecutive ones are permuted among
                 themselves.
             open_shards: shards in a block.
+            source: number of this data set among those that are mixed; each has an order of its own.
 
         Raises:
             InputError: there is no sample.
@@ -99,6 +102,7 @@ class Order:
         if not self.length:
             raise InputError("the shards hold no sample")
         self.seed, self.shuffle, self.open_shards = seed, shuffle, open_shards
+        self._ids = (f"source {source}",) if source else ()
         self._stored = _ShardOrder(range(len(self.sizes)), list(accumulate(self.sizes)))
         self._cached: tuple[int, _ShardOrder] | None = (
             None  # a batch may span two epochs, but order does not go back
@@ -116,7 +120,7 @@ class Order:
                 shard, index = self._stored.locate(place)
             case "full":
                 shard, index = self._stored.locate(
-                    _permutation(self.length, self.seed, "samples", epoch)(place)
+                    _permutation(self.length, self.seed, "samples", epoch, *self._ids)(place)
                 )
             case "block":
                 shard, index = self._in_block(epoch, place)
@@ -127,17 +131,17 @@ class Order:
         block = bisect_right(order.ends, place) // self.open_shards
         first, end = block * self.open_shards, min((block + 1) * self.open_shards, len(self.sizes))
         start = order.ends[first - 1] if first else 0
-        permutation = _permutation(order.ends[end - 1] - start, self.seed, "block", epoch, block)
+        permutation = _permutation(order.ends[end - 1] - start, self.seed, "block", epoch, block, *self._ids)
         return order.locate(start + permutation(place - start))
 
     def _shard_order(self, epoch: int) -> _ShardOrder:
         if self._cached is None or self._cached[0] != epoch:
-            permutation = _permutation(len(self.sizes), self.seed, "shards", epoch)
+            permutation = _permutation(len(self.sizes), self.seed, "shards", epoch, *self._ids)
             shards = [permutation(i) for i in range(len(self.sizes))]
             self._cached = epoch, _ShardOrder(shards, list(accumulate(self.sizes[shard] for shard in shards)))
         return self._cached[1]
 
 
 @lru_cache(maxsize=64)
-def _permutation(size: int, seed: int, purpose: str, *ids: int) -> Permutation:
+def _permutation(size: int, seed: int, purpose: str, *ids: int | str) -> Permutation:
     return Permutation(size, stream_key(seed, "order", purpose, *ids))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data.decode import decode
-from pretrain.data.index import IMAGE_EXTENSIONS
+from pretrain.data.indexing import IMAGE_EXTENSIONS
 from pretrain.data.writer import PackedSample
 from pretrain.errors import InputError
 from pretrain.seeding import numpy_stream

@@ -5,9 +5,9 @@ a word. Here a wrong checksum, a cut file and a missing end mark are errors. Nam
 pax.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,18 +42,18 @@ def scan(path: Path) -> Iterator[Member]:
     Raises:
         InputError: the file is damaged, cut short, compressed or not a tar; names the file and the byte.
     """
-    if path.stat().st_size < BLOCK:
-        raise InputError(
-            f"{path}: is empty or cut short at byte {path.stat().st_size}; restore or re-pack it"
-        )
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        yield from _members(data, path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < BLOCK:
+            raise InputError(f"{path}: is empty or cut short at byte {size}; restore or re-pack it")
+        yield from _members(file.fileno(), size, path)
 
 
-def _members(data: mmap, path: Path) -> Iterator[Member]:
+def _members(file: int, end: int, path: Path) -> Iterator[Member]:
+    # Read, not mapped: a mapped file that somebody cuts short kills the process (SIGBUS) instead of an error.
     position, pending = 0, _Pending()
     while True:
-        header = data[position : position + BLOCK]
+        header = os.pread(file, BLOCK, position)
         if len(header) < BLOCK:
             raise InputError(
                 f"{path}: byte {position}: ends without the end mark of a tar (cut short); restore it"
@@ -64,14 +64,19 @@ def _members(data: mmap, path: Path) -> Iterator[Member]:
         kind = header[156]
         size = 0 if kind in WITHOUT_DATA else _size(header, pending, path, position)
         start = position + BLOCK
-        if start + size > len(data):
+        if start + size > end:
             raise InputError(
-                f"{path}: byte {position}: member of {size} bytes in a file that ends at byte {len(data)} "
+                f"{path}: byte {position}: member of {size} bytes in a file that ends at byte {end} "
                 f"(cut short); restore it"
             )
         if kind in REGULAR:
             yield Member(pending.name or _name(header), start, size)
-        pending = _extension(kind, data[start : start + size], pending) if kind in b"LKxg" else _Pending()
+        content = os.pread(file, size, start) if kind in b"LKxg" else b""
+        try:
+            pending = _extension(kind, content, pending) if content else _Pending()
+        except (ValueError, IndexError) as error:  # header checksums do not cover what a pax header holds
+            fault = f"{path}: byte {start}: damaged pax header; restore or re-pack the shard"
+            raise InputError(fault) from error
         if kind == SPARSE:
             raise InputError(f"{path}: byte {position}: sparse members are not supported; re-pack the shard")
         position = start + (size + BLOCK - 1) // BLOCK * BLOCK
@@ -135,8 +140,12 @@ def _pax_records(content: bytes) -> dict[str, str]:
     """The `length key=value` lines of a pax header; the length counts the whole line."""
     records = {}
     while content.rstrip(b"\0"):
-        length = int(content.split(b" ", 1)[0])
-        key, _, value = content[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
+        number, rest = content.split(b" ", 1)
+        length = int(number) - len(number) - 1
+        line = rest[: max(length, 0)]
+        if len(line) != length or not line.endswith(b"\n"):
+            raise ValueError("a line has another length than it says")
+        key, _, value = line[:-1].partition(b"=")
         records[key.decode("utf-8")] = value.decode("utf-8", "surrogateescape")
-        content = content[length:]
+        content = content[int(number) :]
     return records

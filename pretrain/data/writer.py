@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from webdataset import TarWriter
 
-from pretrain.data.index import build_index, index_path
+from pretrain.data.index import index_path
+from pretrain.data.indexing import build_index
 from pretrain.errors import InputError
 
 SampleTuple = tuple[str, str, bytes, int | None, Mapping[str, Any]]  # the fields of `PackedSample`

@@ -5,7 +5,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.batch import Batch
+from pretrain.batch import Batch, normalize_pixels
 from pretrain.config.derived import ibot_head
 from pretrain.config.schema import Config, HeadConfig
 from pretrain.heads import MlpHead, RmlpHead
@@ -24,12 +24,18 @@ class SSLBranch(nn.Module):
     The student sees all crops, the global ones masked; the teacher sees the global crops unmasked and
     projects the patches that are hidden from the student. Children are named as in released training
     checkpoints: backbone, dino_head and, unless it is shared, ibot_head. Randomized heads have no parameters
-    and take the place of those from `rmlp.start_step` on.
+    and take the place of those from `rmlp.start_step` on. Crops arrive as uint8 and are normalised here: the
+    micro-batches of a step wait in a quarter of the memory.
     """
+
+    mean: Tensor  # (C,)
+    std: Tensor  # (C,)
 
     def __init__(self, cfg: Config, role: Role, backend: Backend = "sdpa") -> None:
         super().__init__()
         self.role = role
+        self.register_buffer("mean", torch.tensor(cfg.data.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.data.std), persistent=False)
         self.backbone = VisionTransformer(cfg.model, backend)
         self.dino_head = self._trainable_head(cfg, cfg.dino_head)
         self.ibot_head = None if cfg.ibot_head.shared else self._trainable_head(cfg, cfg.ibot_head)
@@ -66,7 +72,7 @@ class SSLBranch(nn.Module):
         if self.role == "student":
             groups = self._student_features(batch)
         else:
-            groups = self.backbone([batch.global_crops])
+            groups = self.backbone([self._pixels(batch.global_crops)])
         cls_global = groups[0].cls
         patches = groups[0].patches.flatten(0, 1).index_select(0, batch.mask_indices)
         dino, ibot = self._project(torch.cat([group.cls for group in groups]), patches)
@@ -78,12 +84,16 @@ class SSLBranch(nn.Module):
             "ibot_prototypes": ibot.prototypes,
         }
 
+    def _pixels(self, crops: Tensor) -> Tensor:
+        """Crops as the backbone takes them; float ones are normalised already."""
+        return normalize_pixels(crops, self.mean, self.std) if crops.dtype == torch.uint8 else crops
+
     def _student_features(self, batch: Batch) -> list[Features]:
         drop_rows = None
         if batch.drop_global is not None and batch.drop_local is not None:
             drop_rows = [batch.drop_global, batch.drop_local]
         features: list[Features] = self.backbone(
-            [batch.global_crops, batch.local_crops],
+            [self._pixels(batch.global_crops), self._pixels(batch.local_crops)],
             [batch.masks, None],
             drop_rows,
             batch.num_images // batch.group_size,

@@ -16,6 +16,7 @@ FORMATS = {
     "prototypes_used": "{:.0f} prototypes",
     "lr": "lr {:.1e}",
     "images_per_s": "{:.0f} images/s",
+    "data_wait_percent": "waits for data {:.0f} %",
 }
 
 

@@ -34,10 +34,13 @@ def shard_folder(images: dict[str, np.ndarray], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def make_config(shard_folder: Path) -> Callable[..., Config]:
+def make_config(shard_folder: Path, tmp_path: Path) -> Callable[..., Config]:
     """A small configuration over `shard_folder`; keywords change its `data` and `engine` sections."""
+    return config_maker(shard_folder, tmp_path / "run")
 
-    def make(accumulation_steps: int = 1, **data: object) -> Config:
+
+def config_maker(shard_folder: Path, run_folder: Path) -> Callable[..., Config]:
+    def make(accumulation_steps: int = 1, run_dir: str = str(run_folder), **data: object) -> Config:
         cfg = Config()
         settings = {
             "shards": [str(shard_folder / "train-*.tar")],
@@ -52,6 +55,7 @@ def make_config(shard_folder: Path) -> Callable[..., Config]:
         )
         return replace(
             cfg,
+            run=replace(cfg.run, dir=run_dir),
             model=model,
             data=replace(cfg.data, **{**settings, **data}),
             optim=replace(cfg.optim, global_batch_size=GLOBAL_BATCH),

@@ -2,9 +2,10 @@ import numpy as np
 import torch
 
 from pretrain.config.schema import MaskConfig
-from pretrain.data.collate import Group, collate
+from pretrain.data.collate import collate
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
+from pretrain.data.slots import GroupArrays, SlotArrays
 from pretrain.seeding import numpy_stream
 
 SIZE, LOCAL, GRID = 3, 4, 4
@@ -20,19 +21,34 @@ def tagged(kind: int, crops: int, group: int, pixels: int) -> np.ndarray:
     return array
 
 
-def make_group(index: int, rates: tuple[float, ...] = RATES) -> Group:
-    return Group(
+def make_group(index: int, rates: tuple[float, ...] = RATES) -> GroupArrays:
+    return GroupArrays(
         global_crops=tagged(1, 2, index, 8),
         local_crops=tagged(2, LOCAL, index, 4),
         masks=group_masks(MaskConfig(), GRID, 2 * SIZE, numpy_stream(index, "mask")),
         drop_global=drop_subsets(rates, 2 * SIZE, numpy_stream(index, "global")),
         drop_local=drop_subsets(rates, LOCAL * SIZE, numpy_stream(index, "local")),
-        position=100 + index * SIZE,
+    )
+
+
+def slot_of(groups: list[GroupArrays]) -> SlotArrays:
+    """The groups as workers write them: crops side by side, the rest one after another."""
+
+    def stacked(name: str) -> np.ndarray | None:
+        parts = [getattr(group, name) for group in groups]
+        return None if parts[0] is None else np.stack(parts)
+
+    return SlotArrays(
+        global_crops=np.concatenate([group.global_crops for group in groups], axis=1),
+        local_crops=np.concatenate([group.local_crops for group in groups], axis=1),
+        masks=np.stack([group.masks for group in groups]),
+        drop_global=stacked("drop_global"),
+        drop_local=stacked("drop_local"),
     )
 
 
 GROUPS = [make_group(index) for index in range(2)]
-BATCH = collate(GROUPS)
+BATCH = collate(slot_of(GROUPS), 100)
 IMAGES = 2 * SIZE
 
 
@@ -79,7 +95,7 @@ def test_drop_rows_point_at_the_same_images() -> None:
 
 def test_no_drop_path_and_no_masks() -> None:
     group = make_group(0, rates=(0.0,))
-    batch = collate([Group(**{**vars(group), "masks": np.zeros_like(group.masks)})])
+    batch = collate(slot_of([group._replace(masks=np.zeros_like(group.masks))]), 0)
     assert batch.drop_global is None and batch.drop_local is None
     assert batch.mask_indices.tolist() == [0] and batch.mask_weights.tolist() == [0]  # padding
 

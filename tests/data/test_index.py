@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from pretrain.data.index import build_index, ensure_index, index_path, open_index
-from pretrain.data.reader import MAX_OPEN, Reader
+from pretrain.data.index import index_path, open_index
+from pretrain.data.indexing import build_index, ensure_index
+from pretrain.data.reader import MAX_OPEN, CorruptSample, Reader
 from pretrain.data.tar import scan
+from pretrain.errors import TrainingError
 from tests.data.pictures import encode
 
 PICTURE = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
@@ -54,7 +56,7 @@ def test_reads_the_layout_of_img2dataset(tmp_path: Path) -> None:
         members |= {f"00000{i}.jpg": JPEG, f"00000{i}.json": b'{"a": 1}', f"00000{i}.txt": b"caption"}
     path = write_tar(tmp_path / "x.tar", members)
     assert build_index(path) == 3
-    record = open_index(path)[2]
+    record = open_index(index_path(path))[2]
     assert (record["key"], record["extension"], record["width"], record["height"]) == (
         b"000002",
         b"jpg",
@@ -72,7 +74,7 @@ def test_interleaved_members_are_one_sample(tmp_path: Path) -> None:
         tmp_path / "x.tar", {"a.png": PNG, "b.png": PNG, "a.cls": b"4", "b.cls": b"5\n", "d/a.jpg": JPEG}
     )
     assert build_index(path) == 3
-    records = open_index(path)
+    records = open_index(index_path(path))
     assert records["key"].tolist() == [b"a", b"b", b"d/a"]
     assert records["label"].tolist() == [4, 5, -1]
 
@@ -82,8 +84,8 @@ def test_keys_end_at_the_first_dot_of_the_base_name(tmp_path: Path) -> None:
         tmp_path / "x.tar", {"v1.0/a.seg.png": PNG, "v1.0/a.JPG": JPEG, "__notes__": b"", "._a.jpg": b""}
     )
     assert build_index(path) == 1
-    assert open_index(path)["key"].tolist() == [b"v1.0/a"]
-    assert open_index(path)["extension"].tolist() == [b"jpg"]
+    assert open_index(index_path(path))["key"].tolist() == [b"v1.0/a"]
+    assert open_index(index_path(path))["extension"].tolist() == [b"jpg"]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -167,21 +169,57 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.jpg": JPEG, "b.json": b"{}"}, "sample b has no image, only json"),
-        ({"a.jpg": b"hello"}, "byte 512: a.jpg: not an image"),
         ({"a.jpg": JPEG, "a.cls": b"cat"}, "a.cls holds b'cat', not a class number"),
         ({"a.jpg": JPEG, "./b.jpg": JPEG, "a.JPG": JPEG}, "a.JPG is in the shard twice"),
     ],
 )
-def test_unusable_samples_are_errors(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+def test_unclear_samples_are_errors(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_index(write_tar(tmp_path / "x.tar", members))
+
+
+def test_unusable_samples_are_kept_and_told_when_they_are_read(tmp_path: Path) -> None:
+    members = {"a.jpg": JPEG, "b.json": b"{}", "c.jpg": b"", "d.jpg": b"hello"}
+    path = write_tar(tmp_path / "x.tar", members)
+    assert build_index(path) == 4
+    assert open_index(index_path(path))["width"].tolist() == [30, 0, 0, 0]
+    reader = Reader([path])
+    assert reader.read(0, 0).image == JPEG and reader.read(0, 3).image == b"hello"
+    for number, reason in ((1, "sample b: has no image"), (2, "sample c: has zero bytes")):
+        with pytest.raises(CorruptSample, match=reason):
+            reader.read(0, number)
+
+
+def test_an_older_index_of_the_same_tar_is_used(shard: Path) -> None:
+    ensure_index(shard)
+    os.utime(shard, ns=(0, index_path(shard).stat().st_mtime_ns + 1))
+    index_path(shard).chmod(0o400)
+    before = index_path(shard).stat().st_ino
+    assert ensure_index(shard) == 6 and index_path(shard).stat().st_ino == before
+
+
+def test_the_index_of_another_tar_is_not_used(shard: Path, tmp_path: Path) -> None:
+    other = write_tar(tmp_path / "other.tar", {f"k{i}.png": PNG for i in range(6)})
+    assert other.stat().st_size == shard.stat().st_size
+    ensure_index(other)
+    os.utime(shard, ns=(0, index_path(other).stat().st_mtime_ns + 1))
+    index_path(other).rename(index_path(shard))
+    ensure_index(shard)
+    assert open_index(index_path(shard))["key"].tolist() == [b"%d" % i for i in range(6)]
+
+
+def test_a_damaged_pax_header(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", {"n" * 150 + ".png": PNG}, tarfile.PAX_FORMAT)
+    for content in (b"0 path=x\n", b"999 path=x\n", b"x", b"11 size=1e5\n"):
+        overwrite(path, 512, content)
+        with pytest.raises(ValueError, match=r"x.tar: byte 512: damaged pax header"):
+            list(scan(path))
 
 
 def test_an_empty_tar_has_no_samples(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", {})
     assert ensure_index(path) == 0
-    assert len(open_index(path)) == 0
+    assert len(open_index(index_path(path))) == 0
 
 
 def test_the_index_is_kept_while_the_shard_is_the_same(shard: Path) -> None:
@@ -198,7 +236,7 @@ def test_the_index_follows_a_changed_shard(shard: Path) -> None:
     write_tar(shard, {"b.png": PNG})  # the same size, written later
     os.utime(shard, ns=(0, index_path(shard).stat().st_mtime_ns + 1))
     ensure_index(shard)
-    assert open_index(shard)["key"].tolist() == [b"b"]
+    assert open_index(index_path(shard))["key"].tolist() == [b"b"]
 
 
 def test_a_half_written_index_is_rebuilt(shard: Path) -> None:
@@ -219,9 +257,9 @@ def test_a_folder_without_room_for_the_index(shard: Path) -> None:
 
 def test_changed_bytes_are_noticed(shard: Path) -> None:
     reader = Reader([shard])
-    overwrite(shard, list(scan(shard))[2].offset + 40, b"changed")
     reader.read(0, 1)
-    with pytest.raises(ValueError, match=r"x.tar: sample 2: its bytes differ from the index"):
+    overwrite(shard, list(scan(shard))[2].offset + 40, b"changed")
+    with pytest.raises(TrainingError, match=r"x.tar: was replaced while it is in use"):
         reader.read(0, 2)
 
 

@@ -1,0 +1,142 @@
+"""From a position to a finished group: read, decode, augment, and draw masks and drop-path subsets.
+
+A group is `data.group_size` consecutive positions, and the unit of work. It is a pure function of its
+position: worker count, world size, accumulation and restarts change neither which images it holds nor how
+they are cut.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pretrain.config.derived import drop_path_rates
+from pretrain.config.schema import Config
+from pretrain.data.augment import augment
+from pretrain.data.decode import Pixels, decode
+from pretrain.data.drop_path import drop_subsets
+from pretrain.data.masking import group_masks
+from pretrain.data.mixture import Mixture
+from pretrain.data.order import Order
+from pretrain.data.reader import MAX_OPEN, CorruptSample, Reader
+from pretrain.data.shards import list_shards
+from pretrain.data.slots import GroupArrays
+from pretrain.errors import InputError
+from pretrain.seeding import numpy_stream
+
+MAX_REPLACEMENTS = 100  # samples in a row that may be corrupt
+
+
+@dataclass
+class GroupReport:
+    """What making a group took, and the corrupt samples that were met."""
+
+    images: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage: read, decode, augment
+    corrupt: list[CorruptSample] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
+
+
+class GroupMaker:
+    """Makes the groups of a run; cheap to pickle, and each process opens its own files."""
+
+    def __init__(self, cfg: Config, rank: int = 0, world_size: int = 1) -> None:
+        """Find the shards, see to their indexes, and fix the order.
+
+        Args:
+            cfg: of the run.
+            rank: of this process; ranks share the work of indexing.
+            world_size: number of ranks.
+
+        Raises:
+            InputError: the data cannot be used; says which setting or shard.
+        """
+        self.cfg = cfg
+        listed = [list_shards(patterns, key) for key, patterns, _ in _sources(cfg)]
+        shards = [shard for source in listed for shard in source]
+        max_open = max(MAX_OPEN, 2 * cfg.data.open_shards * len(listed))
+        self.reader = Reader(shards, max_open, start=rank * len(shards) // world_size)
+        self.order = self._mix([len(source) for source in listed])
+
+    def _mix(self, shard_counts: list[int]) -> Mixture:
+        data, orders, first = self.cfg.data, [], 0
+        for i, (key, patterns, _) in enumerate(_sources(self.cfg)):
+            sizes = self.reader.sizes[first : first + shard_counts[i]]
+            first += shard_counts[i]
+            if not sum(sizes):
+                raise InputError(f"{key}: {', '.join(patterns)} hold no sample")
+            orders.append(Order(sizes, self.cfg.run.seed, data.shuffle, data.open_shards, source=i))
+        return Mixture(orders, [weight for _, _, weight in _sources(self.cfg)])
+
+    def make(self, first: int, out: GroupArrays) -> GroupReport:
+        """Fill the arrays with the group that starts at a position.
+
+        Raises:
+            InputError: too many samples in a row are corrupt.
+            TrainingError: a shard cannot be read any more.
+        """
+        report = GroupReport()
+        for i in range(self.cfg.data.group_size):
+            self.make_image(first + i, out.global_crops[:, i], out.local_crops[:, i], report)
+        self._draw(first, out)
+        return report
+
+    def make_image(self, position: int, global_out: Pixels, local_out: Pixels, report: GroupReport) -> None:
+        """Cut the crops of the image at a position into (2, C, S, S) and (L, C, s, s) uint8 arrays.
+
+        A corrupt sample is replaced by the next good one of its source, cut as this position's draws say.
+        """
+        epoch = self.order.at(position).epoch
+        for skip in range(MAX_REPLACEMENTS):
+            rng = numpy_stream(self.cfg.run.seed, "augment", epoch, position)
+            try:
+                image = self._read(position, skip, report)
+            except CorruptSample as error:
+                report.corrupt.append(error)
+                continue
+            with report.stage("augment"):
+                augment(image, self.cfg.data, rng, global_out, local_out)
+            report.images += 1
+            return
+        last = report.corrupt[-1]
+        raise InputError(f"{last}; {MAX_REPLACEMENTS} samples in a row are corrupt; repair the data")
+
+    def _read(self, position: int, skip: int, report: GroupReport) -> Pixels:
+        with report.stage("read"):
+            place = self.order.at(position, skip)
+            item = self.reader.read(place.shard, place.index)
+        with report.stage("decode"):
+            try:
+                return decode(item.image)
+            except ValueError as error:
+                raise CorruptSample(item.shard, item.key, str(error)) from error
+
+    def _draw(self, first: int, out: GroupArrays) -> None:
+        """Masks and drop-path subsets of the group."""
+        seed, place = self.cfg.run.seed, (self.order.at(first).epoch, first)
+        grid = self.cfg.data.global_crops.size // self.cfg.model.patch_size
+        out.masks[:] = group_masks(self.cfg.mask, grid, len(out.masks), numpy_stream(seed, "mask", *place))
+        rates = drop_path_rates(self.cfg.model)
+        for rows, crops, kind in (
+            (out.drop_global, out.global_crops, "global"),
+            (out.drop_local, out.local_crops, "local"),
+        ):
+            count = crops.shape[0] * crops.shape[1]
+            drawn = drop_subsets(rates, count, numpy_stream(seed, "drop_path", *place, kind))
+            if rows is not None and drawn is not None:
+                rows[:] = drawn
+
+
+def _sources(cfg: Config) -> list[tuple[str, list[str], float]]:
+    """Setting, patterns and weight of each source."""
+    if not cfg.data.sources:
+        return [("data.shards", cfg.data.shards, 1.0)]
+    return [(f"data.sources.{i}.shards", s.shards, s.weight) for i, s in enumerate(cfg.data.sources)]

@@ -1,0 +1,203 @@
+"""Building the indexes of shards: each tar is scanned once, strictly, and every image's bytes are summed.
+
+A tar that cannot be followed from header to header is an error that names the shard and the byte. A single
+sample that cannot be used (no image, no bytes, not an image) is kept in the index: reading it tells what is
+wrong, and training counts and replaces it.
+"""
+
+import io
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+
+from pretrain.data.index import (
+    HEADER,
+    MAGIC,
+    NO_LABEL,
+    IndexHeader,
+    Records,
+    index_path,
+    indexed_samples,
+    layout_checksum,
+    record_type,
+)
+from pretrain.data.tar import Member, scan
+from pretrain.errors import InputError
+
+MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, extension
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm"})
+THREADS = 8  # reading and checksums release the interpreter lock
+
+
+@dataclass
+class _Members:
+    """The members of one sample that the index knows about."""
+
+    image: Member | None = None
+    extension: str = ""
+    json: Member | None = None
+    label: int = NO_LABEL
+    seen: set[str] = field(default_factory=set)
+
+
+def ensure_indexes(shards: Sequence[Path], start: int = 0) -> list[int]:
+    """Build the indexes that are missing or not of their tar, in parallel; the samples of each shard.
+
+    Args:
+        shards: tars.
+        start: of the missing ones, which to begin with: ranks that begin at different ones share the work.
+
+    Raises:
+        InputError: a shard is damaged, or its folder is not writable.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        counts = list(pool.map(indexed_samples, shards))
+        missing = [i for i, count in enumerate(counts) if count is None]
+        missing = missing[start % len(missing) :] + missing[: start % len(missing)] if missing else []
+        built = pool.map(ensure_index, [shards[i] for i in missing])
+        for i, count in zip(missing, _with_progress(built, [shards[i] for i in missing]), strict=True):
+            counts[i] = count
+    return [count for count in counts if count is not None]
+
+
+def _with_progress(built: Iterable[int], shards: Sequence[Path]) -> Iterable[int]:
+    """Indexing reads whole shards, which can take a while before the first step."""
+    if not shards:
+        return built
+    count = f"{len(shards)} shards, from {shards[0]} on" if len(shards) > 1 else f"{shards[0]}"
+    print(f"building the index of {count} (once)", file=sys.stderr, flush=True)
+    console = Console(stderr=True)
+    return track(built, "indexing", len(shards), console=console) if console.is_terminal else built
+
+
+def ensure_index(shard: Path) -> int:
+    """Build the index of a shard unless there is one of this tar; the number of samples.
+
+    Raises:
+        InputError: the shard is damaged, or its folder is not writable.
+    """
+    samples = indexed_samples(shard)
+    return build_index(shard) if samples is None else samples
+
+
+def build_index(shard: Path, index: Path | None = None) -> int:
+    """Scan a shard and write its index; the number of samples.
+
+    Args:
+        shard: the tar.
+        index: where to write; default: beside the shard.
+
+    Raises:
+        InputError: the shard is damaged, has one member twice, or the folder is not writable.
+    """
+    with shard.open("rb") as file:
+        tar_size = os.fstat(file.fileno()).st_size
+        members = list(scan(shard))
+        records = _records(_group(members, file.fileno(), shard), file.fileno())
+    header = IndexHeader(
+        MAGIC, records.dtype["key"].itemsize, layout_checksum(members), tar_size, len(records)
+    )
+    _write(index or index_path(shard), HEADER.pack(*header) + records.tobytes(), shard)
+    return len(records)
+
+
+def _group(members: Iterable[Member], descriptor: int, shard: Path) -> dict[str, _Members]:
+    """Members by key, in the order in which keys first appear; samples may be interleaved."""
+    groups: dict[str, _Members] = {}
+    for member in members:
+        match = MEMBER_NAME.fullmatch(member.name)
+        if match is None or re.fullmatch(
+            r"__[^/]*__", member.name
+        ):  # no key, or webdataset's shard-wide notes
+            continue
+        key, extension = match[1], match[2].lower()
+        sample = groups.setdefault(key, _Members())
+        if extension in sample.seen:
+            raise InputError(
+                f"{shard}: byte {member.offset}: {member.name} is in the shard twice; re-pack it"
+            )
+        sample.seen.add(extension)
+        _add(sample, member, extension, descriptor, shard)
+    return groups
+
+
+def _add(sample: _Members, member: Member, extension: str, descriptor: int, shard: Path) -> None:
+    if extension in IMAGE_EXTENSIONS and sample.image is None:
+        sample.image, sample.extension = member, extension
+    elif extension == "json":
+        sample.json = member
+    elif extension == "cls":
+        content = os.pread(descriptor, member.size, member.offset)
+        if not re.fullmatch(rb"\s*[0-9]+\s*", content):
+            raise InputError(
+                f"{shard}: byte {member.offset}: {member.name} holds {content[:20]!r}, not a class number"
+            )
+        sample.label = int(content)
+
+
+def _records(groups: dict[str, _Members], descriptor: int) -> Records:
+    keys = [key.encode("utf-8", "surrogateescape") for key in groups]
+    records = np.zeros(len(keys), record_type(max(map(len, keys), default=1)))
+    for i, (key, sample) in enumerate(zip(keys, groups.values(), strict=True)):
+        records[i] = _record(key, sample, descriptor)
+    return records
+
+
+def _record(key: bytes, sample: _Members, descriptor: int) -> tuple[Any, ...]:
+    image = sample.image or Member("", 0, 0)
+    content = os.pread(descriptor, image.size, image.offset)
+    try:
+        width, height = image_size(content)
+    except ValueError:
+        width, height = 0, 0
+    json_place = (sample.json.offset, sample.json.size) if sample.json else (0, 0)
+    place = (image.offset, image.size, sample.extension.encode())
+    return (key, *place, width, height, zlib.crc32(content), *json_place, sample.label)
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """(width, height) in pixels from an image's header.
+
+    Raises:
+        ValueError: the bytes are not an image.
+    """
+    if content[:2] == b"\xff\xd8":
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(content)
+        except ValueError:
+            pass  # Pillow accepts more
+        else:
+            return width, height
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.size
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image in a known format") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _write(path: Path, content: bytes, shard: Path) -> None:
+    """Write under a temporary name and rename: several ranks may build the same index at once."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot write the index ({error.strerror}); make the folder writable or run "
+            f"`python tools/pack.py --index {shard}` where it is"
+        ) from error
