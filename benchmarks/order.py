@@ -2,10 +2,10 @@
 
     python benchmarks/order.py
 
-No shard is read and no torch imported. The cost is measured in a process of its own. The quality stands beside
-a full shuffle of the same data: shards that a batch draws from (weighted, 1 / sum of squared shares), pairs of
-samples that were stored side by side and meet in a batch, and pairs that share a batch in two epochs. The last
-line of the output is one JSON object.
+No shard is read and no torch imported. The cost is measured in a process of its own. The quality stands
+beside a full shuffle of the same data: shards that a batch draws from (weighted, 1 / sum of squared shares),
+pairs of samples that were stored side by side and meet in a batch, and pairs that share a batch in two
+epochs. The last line of the output is one JSON object.
 """
 
 import argparse
@@ -135,7 +135,11 @@ def main() -> int:
     print(f"{options.samples:,} samples in {options.shards:,} shards\n\n{table(costs)}\n")
     qualities = [quality("block", k) for k in (1, 4, 16, 64)] + [quality("full", 1)]
     print(f"{QUALITY_SHARDS} shards of {QUALITY_SIZE} samples, batches of {BATCH}\n\n{table(qualities)}\n")
-    print(json.dumps({"samples": options.samples, "shards": options.shards, "cost": costs, "quality": qualities}))
+    print(
+        json.dumps(
+            {"samples": options.samples, "shards": options.shards, "cost": costs, "quality": qualities}
+        )
+    )
     return 0
 
 

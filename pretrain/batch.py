@@ -45,6 +45,10 @@ class Batch:
         """The batch on a device."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
+    def clone(self) -> "Batch":
+        """A copy that stays when the loader goes on."""
+        return self._map(Tensor.clone)
+
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory, which another stream filled, until the work queued on this one is done."""
         self._map(lambda t: t.record_stream(stream))

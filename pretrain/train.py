@@ -74,7 +74,7 @@ def build(cfg: Config) -> Run:
     device = distributed.pick_device(cfg.engine.device)
     rank, world_size = distributed.rank(), distributed.world_size()
     micro_batch = micro_batch_size(cfg, world_size)
-    loader = TrainLoader(cfg, device, micro_batch, rank, world_size)
+    loader = TrainLoader(cfg, device, micro_batch, rank, world_size, Path(cfg.run.dir))
     student, teacher, method = build_branches(cfg, device, micro_batch)
     match cfg.engine.kind:
         case "single":

@@ -35,7 +35,13 @@ def picture(
     maps = torch.cat([attention.mean(1, keepdim=True), attention[:, :HEADS]], dim=1).float().cpu()
     titles = ["image", "patch PCA", "attention", *(f"head {i + 1}" for i in range(maps.shape[1] - 1))]
     columns = [images.float().cpu() * scale + shift, pca.float().cpu(), *heat(maps).unbind(1)]
-    size = images.shape[-1] * max(1, round(CELL / images.shape[-1]))
+    return table(columns, titles)
+
+
+def table(columns: Sequence[Tensor], titles: Sequence[str]) -> Tensor:
+    """Columns of pictures, (n, 3, h, w) from 0 to 1, under their titles: (3, height, width) uint8."""
+    largest = max(column.shape[-1] for column in columns)
+    size = largest * max(1, round(CELL / largest))
     cells = [_cells(column, size) for column in columns]
     return torch.cat([_header(titles, size), torch.cat(cells, dim=2)], dim=1)
 

@@ -40,7 +40,13 @@ class TrainLoader:
     """The training data of one rank."""
 
     def __init__(
-        self, cfg: Config, device: torch.device, micro_batch: int, rank: int = 0, world_size: int = 1
+        self,
+        cfg: Config,
+        device: torch.device,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        folder: Path | None = None,
     ) -> None:
         """Find the shards and see to their indexes; no worker starts yet.
 
@@ -50,6 +56,7 @@ class TrainLoader:
             micro_batch: images in one forward on one device, whole groups (`micro_batch_size(cfg)`).
             rank: of this process.
             world_size: processes that train together.
+            folder: where corrupt samples are listed; None = nowhere.
 
         Raises:
             InputError: the data cannot be used; says which setting or shard.
@@ -66,7 +73,7 @@ class TrainLoader:
         self.layout = SlotLayout(cfg, micro_batch)
         self.counters = Counters(cfg.data.workers)
         name = "corrupt.tsv" if rank == 0 else f"corrupt_rank{rank}.tsv"
-        self.corrupt = CorruptLog(Path(cfg.run.dir) / name, cfg.data.max_corrupt)
+        self.corrupt = CorruptLog(folder / name if folder is not None else None, cfg.data.max_corrupt)
         self.origin = 0  # position of step 0, had all steps taken the batch of this session
 
     @property

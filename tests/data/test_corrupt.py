@@ -37,7 +37,7 @@ def overwrite(shard: Path, key: str, content: bytes) -> None:
 
 def crops(cfg: Config) -> list[str]:
     """A hash of each image's first global crop, by position."""
-    loader = TrainLoader(cfg, torch.device("cpu"), GLOBAL_BATCH)
+    loader = TrainLoader(cfg, torch.device("cpu"), GLOBAL_BATCH, folder=Path(cfg.run.dir))
     batches = [batch for _, batches in loader.steps(0, 1) for batch in batches]
     return [hashlib.sha256(crop.numpy().tobytes()).hexdigest() for crop in batches[0].global_crops[:15]]
 
