@@ -61,6 +61,8 @@ def _pages(path: Path) -> list[int] | str:
     """The pages of a TIFF with several, or why they cannot be packed."""
     try:
         pages = full_pages(path)
+    except OSError as error:
+        return error.strerror or str(error)
     except ValueError as error:
         return str(error)
     return pages if len(pages) > 1 else []

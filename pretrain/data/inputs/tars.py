@@ -94,7 +94,7 @@ def _common_classes(paths: Iterable[Path]) -> list[str]:
 def _list_samples(path: Path, options: Options, dropped: set[str]) -> Places:
     samples = _group(scan(path))
     if options.group_from:
-        for key in {key for key, _ in samples}:  # now, not when half of the shards are written
+        for key, _ in samples:  # now, not when half of the shards are written
             group_by_rule(options.group_from, key, path / key)
     keys = [key.encode("utf-8", "surrogateescape") for key, _ in samples]
     width = max(map(len, keys), default=1)

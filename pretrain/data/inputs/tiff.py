@@ -15,10 +15,10 @@ from pretrain.data.inputs.optional import load_library
 from pretrain.data.inputs.png import encode_png
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-SUBFILE_TYPE, SAMPLES_PER_PIXEL = 254, 277  # tags
+SUBFILE_TYPE, BITS, SAMPLES, EXTRA_SAMPLES = 254, 258, 277, 338  # tags
 REDUCED = 1  # in SUBFILE_TYPE: a smaller version of another page
-PILLOW_GIVES_UP = (UnidentifiedImageError, SyntaxError)  # before OSError, which the first one is
-PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+PREMULTIPLIED = 1  # in EXTRA_SAMPLES: Pillow would divide the colours by alpha
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 REFUSED = "pixels are {}, which have no fixed range of values; convert them to 8 or 16 bits"
 
 
@@ -27,28 +27,37 @@ def full_pages(path: Path) -> list[int]:
 
     Raises:
         ValueError: there are several, of values that cannot be packed.
+        InputError: there are several, and tifffile is missing.
     """
+    with path.open("rb") as file:
+        if file.read(4) not in TIFF_STARTS:
+            return []
     try:
-        with path.open("rb") as file:
-            if file.read(4) not in TIFF_STARTS:
-                return []
-        return _pages_by_pillow(path)
-    except PILLOW_GIVES_UP:
+        with Image.open(path) as image:
+            pages = [page for page in range(getattr(image, "n_frames", 1)) if not _is_reduced(image, page)]
+            suits = _suits_pillow(image)
+    except Exception:  # Pillow's plug-ins raise what their parsers happen to meet
         return _pages_by_tifffile(path)
-    except OSError:
-        return []  # reading it as one image will say what is wrong
+    return pages if suits or len(pages) < 2 else _pages_by_tifffile(path)
 
 
-def _pages_by_pillow(path: Path) -> list[int]:
-    pages = []
-    with Image.open(path) as image:
-        for page in range(getattr(image, "n_frames", 1)):
-            image.seek(page)
-            if not _tag(image, SUBFILE_TYPE, 0) & REDUCED:
-                pages.append(page)
-        if len(pages) > 1 and image.mode in ("I", "F"):
-            raise ValueError(REFUSED.format(f"of mode {image.mode}"))
-    return pages
+def _is_reduced(image: Image.Image, page: int) -> bool:
+    image.seek(page)
+    return bool(_tag(image, SUBFILE_TYPE, 0) & REDUCED)
+
+
+def _suits_pillow(image: Image.Image) -> bool:
+    """Whether Pillow would give the current page's values as they are."""
+    bits = np.max(_tag(image, BITS, 1))
+    return bool(
+        _tag(image, SAMPLES, 1) == len(image.getbands())
+        and PREMULTIPLIED not in np.atleast_1d(_tag(image, EXTRA_SAMPLES, 0))
+        and (bits <= 8 or image.mode.startswith("I;16"))
+    )
+
+
+def _tag(image: Image.Image, number: int, default: int) -> Any:
+    return getattr(image, "tag_v2", {}).get(number, default)
 
 
 def _pages_by_tifffile(path: Path) -> list[int]:
@@ -57,7 +66,7 @@ def _pages_by_tifffile(path: Path) -> list[int]:
         with tifffile.TiffFile(path) as tiff:
             pages = [number for number, page in enumerate(tiff.pages) if not page.subfiletype & REDUCED]
             dtype = tiff.pages[pages[0]].dtype
-    except Exception:  # its parsers raise what they happen to meet; reading it as one image will say more
+    except Exception:  # as above; reading it as one image will say what is wrong
         return []
     if len(pages) > 1:
         _check_type(dtype)
@@ -73,22 +82,16 @@ def read_page(path: Path, page: int) -> tuple[str, bytes]:
     try:
         with Image.open(path) as image:
             image.seek(page)
-            if _tag(image, SAMPLES_PER_PIXEL, 1) == len(image.getbands()):  # else Pillow drops channels
+            if _suits_pillow(image):
                 return _save(image)
-    except PILLOW_GIVES_UP:
+    except (UnidentifiedImageError, SyntaxError):  # a kind of pixel that Pillow does not know
         pass
-    except (OSError, EOFError) as error:
-        raise ValueError(f"page {page}: {error}") from error
+    except Exception as error:  # as above
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     return _by_tifffile(path, page)
 
 
-def _tag(image: Image.Image, number: int, default: int) -> int:
-    return int(getattr(image, "tag_v2", {}).get(number, default))
-
-
 def _save(image: Image.Image) -> tuple[str, bytes]:
-    if image.mode in ("I", "F"):
-        raise ValueError(REFUSED.format(f"of mode {image.mode}"))
     if image.mode.startswith("I;16"):
         return "png", encode_png(np.asarray(image).astype(np.uint16))
     file = io.BytesIO()
@@ -106,7 +109,7 @@ def _by_tifffile(path: Path, page: int) -> tuple[str, bytes]:
             found = tiff.pages[page]
             pixels, axes, colour = found.asarray(), found.axes, found.photometric.name == "RGB"
     except Exception as error:  # its parsers raise what they happen to meet
-        raise ValueError(f"page {page}: {error}") from error
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     _check_type(pixels.dtype)
     if axes == "SYX":  # channels stored one after the other
         pixels = np.moveaxis(pixels, 0, -1)
