@@ -22,7 +22,7 @@ def build_indexes(shards: Sequence[Path]) -> Iterator[int]:
     if processes < 2:
         yield from map(build_index, shards)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _ignore_interrupts)
+    pool = ProcessPoolExecutor(processes, get_context("forkserver"), _ignore_interrupts)
     try:
         yield from pool.map(build_index, shards)
     finally:

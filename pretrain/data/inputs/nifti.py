@@ -74,6 +74,7 @@ def find(listing: Listing, options: Options) -> Volumes:
     axis = DEFAULT_AXIS if options.axis is None else options.axis
     if axis not in (0, 1, 2):
         raise InputError(f"--axis {axis}: must be 0, 1 or 2")
+    load_library("nibabel")
     good: list[Source] = []
     unreadable: list[Unreadable] = []
     total = 0
