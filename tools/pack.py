@@ -84,7 +84,7 @@ def pack(options: argparse.Namespace) -> str:
     summary = found.summary
     known = read_classes(names) if names.exists() and not options.force else None  # of another prefix
     classes = agree_on_classes(summary, known)
-    clear_shards(dst, options.prefix, options.force)
+    clear_shards(dst, options.prefix, options.force, summary.tars)
     print(f"{summary.images} images, {len(classes)} classes; {summary.order}", *summary.notes, sep="\n")
     tally = Tally(unreadable=list(summary.unreadable))
     results = found.read({name: number for number, name in enumerate(classes)})

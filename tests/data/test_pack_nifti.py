@@ -108,10 +108,19 @@ def test_what_cannot_be_read_is_listed(tmp_path: Path) -> None:
     (src / "empty.nii.gz").write_bytes(b"")
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 2), np.complex64), np.eye(4)), src / "complex.nii")
     nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2, 1, 3), np.int16), np.eye(4)), src / "vector.nii")
+    axes = nibabel.cifti2.ScalarAxis(["a"]), nibabel.cifti2.BrainModelAxis.from_mask(np.ones((2, 2, 2)))
+    nibabel.save(nibabel.Cifti2Image(np.zeros((1, 8), np.float32), axes), src / "surface.dscalar.nii")
     assert "2 images in 1 shards" in pack(src, tmp_path / "new").stdout
     lines = (tmp_path / "new" / "unreadable-train.txt").read_text().splitlines()
     reasons = dict(line.split("\t") for line in lines)
-    assert set(reasons) == {"cut.nii.gz", "text.nii", "empty.nii.gz", "complex.nii", "vector.nii"}
+    assert set(reasons) == {
+        "cut.nii.gz",
+        "text.nii",
+        "empty.nii.gz",
+        "complex.nii",
+        "vector.nii",
+        "surface.dscalar.nii",
+    }
     assert reasons["vector.nii"] == "has 5 axes; images have 2 to 4"
     assert "complex64" in reasons["complex.nii"]
 

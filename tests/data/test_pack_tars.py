@@ -92,6 +92,17 @@ def test_samples_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
     assert reasons["x.tar: named"] == "its .cls holds b'dog', not a class number"
 
 
+def test_what_is_read_is_not_replaced(tars: Path, tmp_path: Path) -> None:
+    pack(tars, tmp_path / "new")
+    before = (tmp_path / "new" / "train-000000.tar").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    for src in (tmp_path / "new", tmp_path / "new" / "train-000000.tar", tmp_path / "link"):
+        assert "is to be packed itself" in fault(src, tmp_path / "new", "--force")
+    assert (tmp_path / "new" / "train-000000.tar").read_bytes() == before
+    pack(tmp_path / "new", tmp_path / "new", "--prefix", "mixed", "--shuffle-seed", 1)
+    assert len(packed(tmp_path / "new", "mixed")) == 24
+
+
 def test_repeated_members_become_samples(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "x.tar", [("a.jpg", picture(1)), ("a.jpg", picture(2))])
     with pytest.raises(ValueError, match="is in the shard twice; re-pack it"):

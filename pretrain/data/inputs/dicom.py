@@ -5,6 +5,7 @@ smallest to the largest value of their series. The patient's identifier becomes 
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,8 @@ def find(listing: Listing, options: Options) -> Frames:
         InputError: pydicom is missing, or a name does not match the rule for groups.
     """
     load_library("pydicom")
+    if not options.window:
+        print(f"reading {len(listing.files)} files for the values in them", file=sys.stderr, flush=True)
     good: list[_File] = []
     unreadable: list[Unreadable] = []
     for result in in_threads(partial(_inspect, options=options), listing.files):

@@ -96,9 +96,12 @@ def find(listing: Listing, options: Options) -> Volumes:
 def _open(path: Path) -> Any:
     library = load_library("nibabel")
     try:
-        return library.load(path)
+        image = library.load(path)
     except Exception as error:  # its parsers raise what they happen to meet
         raise ValueError(f"not a NIfTI file that can be read ({' '.join(str(error).split())})") from error
+    if not isinstance(image, library.Nifti1Image):  # Nifti2Image is one too
+        raise ValueError(f"holds no volume but a {type(image).__name__}")
+    return image
 
 
 def _shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:

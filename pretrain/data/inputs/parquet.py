@@ -103,8 +103,11 @@ def _label_names(path: Path, columns: Columns) -> set[str]:
     if columns.label is None or columns.numbered:
         return set()
     names: set[str] = set()
-    for batch in open_table(path).iter_batches(columns=[columns.label]):
-        names |= set(batch.column(0).unique().to_pylist())
+    try:
+        for batch in open_table(path).iter_batches(columns=[columns.label]):
+            names |= set(batch.column(0).unique().to_pylist())
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: column {columns.label} is damaged ({error})") from error
     return names - {None}
 
 

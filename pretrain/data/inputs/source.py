@@ -1,7 +1,7 @@
 """What every kind of input shares: the options, a file to pack, and what comes out of reading it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -63,7 +63,8 @@ class Summary:
     label_names: frozenset[str] = frozenset()  # classes that have no number yet
     classes: tuple[str, ...] = ()  # names of the numbers that the input has already
     unreadable: tuple[Unreadable, ...] = ()
-    notes: tuple[str, ...] = field(default=())  # lines for a person
+    notes: tuple[str, ...] = ()  # lines for a person
+    tars: tuple[Path, ...] = ()  # that are read; packing must not replace them
 
 
 class Input(Protocol):

@@ -78,7 +78,9 @@ def find(listing: Listing, options: Options) -> Tars:
     notes = (*listing.notes(), *([f"members that are not kept: {names}"] if dropped else []))
     order = f"order shuffled over {len(paths)} tars with seed {options.seed}"
     classes = tuple(_common_classes(paths))
-    return Tars(Summary(sum(map(len, places)), order, classes=classes, notes=notes), paths, places, options)
+    total = sum(map(len, places))
+    summary = Summary(total, order, classes=classes, notes=notes, tars=tuple(paths))
+    return Tars(summary, paths, places, options)
 
 
 def _common_classes(paths: Iterable[Path]) -> list[str]:
