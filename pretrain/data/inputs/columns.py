@@ -10,6 +10,8 @@ from pretrain.errors import InputError
 
 DEFAULT_LABEL = "label"  # column; not used where it holds neither integers nor strings
 
+BUFFER_BYTES = 1 << 20  # read at a time; else the whole column of a row group is in memory
+
 
 class Columns(NamedTuple):
     """Where things are in a file."""
@@ -28,7 +30,7 @@ def open_table(path: Path) -> Any:
     """
     library = load_library("pyarrow.parquet")
     try:
-        return library.ParquetFile(path)
+        return library.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: is not a whole parquet file ({error})") from error
 

@@ -134,10 +134,10 @@ def _slices(source: Source, options: Options) -> Iterator[_Slice | Unreadable]:
     window = Window(*(options.window or _range(volume)), UNITS)
     several = volume.stored.shape[3] > 1
     axis = DEFAULT_AXIS if options.axis is None else options.axis
-    for time in range(volume.stored.shape[3]):
-        for number in range(volume.stored.shape[axis]):
-            stored = volume.stored[..., time].take(number, axis)
-            values = stored.T.astype(np.float64) * volume.slope + volume.intercept
+    slices = np.moveaxis(volume.stored, (axis, 3), (0, 1))  # a view: (slices, T, ...)
+    for time in range(slices.shape[1]):
+        for number in range(slices.shape[0]):
+            values = slices[number, time].T.astype(np.float64) * volume.slope + volume.intercept
             place = f"{time}:{number}" if several else f"{number}"
             yield _Slice(f"{source.name}#{place}", source, values, window)
 
