@@ -31,6 +31,8 @@ class Batch:
     drop_local: Tensor | None  # (depth, 2, kept) the same for local_crops; axis 1: attention, feed-forward
     group_size: int  # images that share mask budgets, KoLeo neighbours and drop-path subsets
     position: int  # sample counter of the first image since the start of the run
+    global_params: Tensor | None = None  # (G*B, P) float32: what is left to do to the crops, where the device
+    local_params: Tensor | None = None  # (L*B, P) augments; on the CPU also in a batch on a device
 
     @property
     def num_images(self) -> int:
@@ -43,7 +45,8 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on a device."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return replace(moved, global_params=self.global_params, local_params=self.local_params)
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, so that copies to a GPU overlap with compute."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.data.decode import Pixels
+from pretrain.data.draw_params import Rows as Params
 from pretrain.data.drop_path import PADDING, Rows
 from pretrain.data.masking import Mask
+from pretrain.data.pixels import Pixels
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Group:
     drop_global: Rows | None  # (depth, 2, kept) rows of the group's global crops; None = nothing is dropped
     drop_local: Rows | None  # likewise for the local crops
     position: int  # of the first image
+    params: tuple[Params, Params] | None = None  # (G, gs, P), (L, gs, P): left for the device
 
     @property
     def size(self) -> int:
@@ -36,6 +38,7 @@ class Group:
 def collate(groups: Sequence[Group]) -> Batch:
     """One micro-batch of equally sized groups, in the order given."""
     masks = _join_masks(groups)
+    params = [group.params for group in groups if group.params is not None]
     return Batch(
         global_crops=_join_crops([group.global_crops for group in groups]),
         local_crops=_join_crops([group.local_crops for group in groups]),
@@ -46,10 +49,12 @@ def collate(groups: Sequence[Group]) -> Batch:
         drop_local=_join_rows([group.drop_local for group in groups], groups[0].size),
         group_size=groups[0].size,
         position=groups[0].position,
+        global_params=_join_crops([kinds[0] for kinds in params]) if params else None,
+        local_params=_join_crops([kinds[1] for kinds in params]) if params else None,
     )
 
 
-def _join_crops(crops: Sequence[Pixels]) -> Tensor:
+def _join_crops(crops: Sequence[Pixels] | Sequence[Params]) -> Tensor:
     """n times (G, gs, ...) to (G * B, ...)."""
     return torch.from_numpy(np.concatenate(crops, axis=1)).flatten(0, 1)
 

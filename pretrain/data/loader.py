@@ -8,6 +8,7 @@ positions.
 import multiprocessing
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from multiprocessing.context import BaseContext
 
@@ -18,12 +19,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from pretrain.batch import Batch
 from pretrain.config.derived import drop_path_rates
 from pretrain.config.schema import Config
-from pretrain.data.augment import augment
+from pretrain.data.augment import augment, cut
 from pretrain.data.collate import Group, collate
-from pretrain.data.decode import Pixels, decode
+from pretrain.data.device_augment import augment_on_device
+from pretrain.data.draw_params import Rows
+from pretrain.data.drawn import decode_and_draw
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
 from pretrain.data.order import Order
+from pretrain.data.pixels import Pixels
 from pretrain.data.reader import Reader
 from pretrain.data.shards import list_shards
 from pretrain.data.workers import start_worker
@@ -59,7 +63,7 @@ class Groups(Dataset[Group | InputError]):
             return error
 
     def _group(self, first: int) -> Group:
-        global_crops, local_crops = self._read_crops(first)
+        global_crops, local_crops, params = self._read_crops(first)
         size, local_count = self.cfg.data.group_size, self.cfg.data.local_crops.number
         rates = drop_path_rates(self.cfg.model)
         place = (self.order.at(first).epoch, first)
@@ -74,34 +78,47 @@ class Groups(Dataset[Group | InputError]):
                 rates, local_count * size, numpy_stream(seed, "drop_path", *place, "local")
             ),
             position=first,
+            params=params,
         )
 
-    def _read_crops(self, first: int) -> tuple[Pixels, Pixels]:
-        """(2, gs, 3, S, S) and (L, gs, 3, s, s) crops of the images from a position on."""
+    def _read_crops(self, first: int) -> tuple[Pixels, Pixels, tuple[Rows, Rows] | None]:
+        """(2, gs, C, S, S) and (L, gs, C, s, s) crops of the images from a position on, and what is left."""
         data = self.cfg.data
         large, small = data.global_crops.size, data.local_crops.size
-        global_crops = np.empty((2, data.group_size, 3, large, large), np.uint8)
-        local_crops = np.empty((data.local_crops.number, data.group_size, 3, small, small), np.uint8)
-        for i in range(data.group_size):
-            self.read_image(first + i, global_crops[:, i], local_crops[:, i])
-        return global_crops, local_crops
+        rows = (data.group_size, data.channels)
+        global_crops = np.empty((2, *rows, large, large), np.uint8)
+        local_crops = np.empty((data.local_crops.number, *rows, small, small), np.uint8)
+        params = [
+            self.read_image(first + i, global_crops[:, i], local_crops[:, i]) for i in range(data.group_size)
+        ]
+        left = [image for image in params if image is not None]
+        if not left:
+            return global_crops, local_crops, None
+        global_params, local_params = (np.stack(kind, axis=1) for kind in zip(*left, strict=True))
+        return global_crops, local_crops, (global_params, local_params)
 
     def read_image(
         self,
         position: int,
         global_out: Pixels,
         local_out: Pixels,
-    ) -> None:
-        """Cut the crops of the image at a position into (2, 3, S, S) and (L, 3, s, s) uint8 arrays."""
+    ) -> tuple[Rows, Rows] | None:
+        """Cut the crops of the image at a position into (2, C, S, S) and (L, C, s, s) uint8 arrays.
+
+        With `data.augment_on=device`, returns what is left to do to each crop, as `cut`.
+        """
         sample = self.order.at(position)
         item = self.reader.read(sample.shard, sample.index)
+        rng = numpy_stream(self.cfg.run.seed, "augment", sample.epoch, position)
         try:
-            image = decode(item.image)
+            image, draws = decode_and_draw(item.image, self.cfg.data, rng)
         except ValueError as error:
             shard = self.reader.shards[sample.shard]
             raise InputError(f"{shard}: sample {item.key}: {error}; re-pack the shard without it") from error
-        rng = numpy_stream(self.cfg.run.seed, "augment", sample.epoch, position)
-        augment(image, self.cfg.data, rng, global_out, local_out)
+        if self.cfg.data.augment_on == "device":
+            return cut(image, draws, global_out, local_out)
+        augment(image, draws, global_out, local_out)
+        return None
 
 
 class _StepRange(Sampler[list[int]]):
@@ -185,7 +202,14 @@ class TrainLoader:
     def _to_device(self, batch: Batch | InputError) -> Batch:
         if isinstance(batch, InputError):
             raise batch
-        return batch.to(self.device, non_blocking=True).normalize(self.mean, self.std)
+        moved = batch.to(self.device, non_blocking=True)
+        if batch.global_params is not None and batch.local_params is not None:
+            moved = replace(
+                moved,
+                global_crops=augment_on_device(moved.global_crops, batch.global_params),
+                local_crops=augment_on_device(moved.local_crops, batch.local_params),
+            )
+        return moved.normalize(self.mean, self.std)
 
     def _loader(self, steps: range) -> DataLoader[Group | InputError]:
         sampler = _StepRange(self.cfg, self.micro_batch, self.rank, self.world_size, steps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.decode import decode
+from pretrain.data.decode import check_image
 from pretrain.data.index import IMAGE_EXTENSIONS
 from pretrain.data.writer import PackedSample
 from pretrain.errors import InputError
@@ -170,7 +170,7 @@ def _read(source: Source) -> bytes | str:
     """The file's bytes, or why they are not an image."""
     try:
         content = source.path.read_bytes()
-        decode(content)
+        check_image(content)
     except OSError as error:
         return error.strerror or str(error)
     except ValueError as error:

@@ -6,9 +6,9 @@ from pretrain.batch import Batch
 from pretrain.config.derived import drop_path_rates
 from pretrain.config.schema import Config
 from pretrain.data.collate import Group, collate
-from pretrain.data.decode import Pixels
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
+from pretrain.data.pixels import Pixels
 from pretrain.seeding import numpy_stream
 
 
@@ -24,8 +24,8 @@ def noise_group(cfg: Config, position: int) -> Group:
     rng = numpy_stream(cfg.run.seed, "noise", position)
     grid, rates = data.global_crops.size // cfg.model.patch_size, drop_path_rates(cfg.model)
     return Group(
-        global_crops=_noise(2, size, data.global_crops.size, rng),
-        local_crops=_noise(local.number, size, local.size, rng),
+        global_crops=_noise((2, size, data.channels), data.global_crops.size, rng),
+        local_crops=_noise((local.number, size, data.channels), local.size, rng),
         masks=group_masks(cfg.mask, grid, 2 * size, rng),
         drop_global=drop_subsets(rates, 2 * size, rng),
         drop_local=drop_subsets(rates, local.number * size, rng),
@@ -33,6 +33,6 @@ def noise_group(cfg: Config, position: int) -> Group:
     )
 
 
-def _noise(crops: int, images: int, side: int, rng: np.random.Generator) -> Pixels:
-    """(crops, images, 3, side, side) uint8."""
-    return rng.integers(0, 256, (crops, images, 3, side, side), np.uint8)
+def _noise(shape: tuple[int, ...], side: int, rng: np.random.Generator) -> Pixels:
+    """(crops, images, channels, side, side) uint8, `shape` being the first three."""
+    return rng.integers(0, 256, (*shape, side, side), np.uint8)
