@@ -111,9 +111,7 @@ class Report:
         patterns = knn.train if split == "train" else knn.test
         name = f"log.knn.{split}"
         sizes, scaling = (knn.resize, knn.crop), (data.mean, data.std)
-        return labelled_batches(
-            patterns, name, *sizes, *scaling, knn.batch_size, data.channels, data.decode
-        )
+        return labelled_batches(patterns, name, *sizes, *scaling, knn.batch_size, data.channels, data.decode)
 
     def draw(self, step: int) -> None:
         """A sheet of the images of `log.images`: each with its patch tokens as colours and its attention."""

@@ -14,6 +14,7 @@ from pretrain.data.pixels import Levels
 
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 UINT, RGB, COLOURS = 1, 2, (2, 5, 6, 8)  # sample format; photometric: RGB, and CMYK, YCbCr, Lab
+PLANES = 2  # planar configuration
 ALPHAS = ((1,), (2,))  # kinds of extra samples that are transparency
 
 
@@ -28,6 +29,7 @@ class Tags:
     sample_format: int
     photometric: int
     extra: tuple[int, ...]  # kinds of the samples beyond the colours
+    planes: bool  # each band by itself
     orientation: int
 
     @property
@@ -38,8 +40,8 @@ class Tags:
 
     @property
     def colour_of_16_bits(self) -> bool:
-        """RGB that OpenCV reads with all its bits."""
-        return self.rgb and self.bits == 16 and self.sample_format == UINT
+        """RGB that OpenCV reads with all its bits; it takes planes for pixels without a word."""
+        return self.rgb and self.bits == 16 and self.sample_format == UINT and not self.planes
 
     @property
     def read_by_pillow(self) -> bool:
@@ -75,6 +77,7 @@ def _tags(found: dict[str, Any]) -> Tags:
         sample_format=max(_numbers(found.get("SampleFormat", UINT))),
         photometric=int(found.get("PhotometricInterpretation", 1)),
         extra=_numbers(found.get("ExtraSamples", ())),
+        planes=found.get("PlanarConfiguration", 1) == PLANES,
         orientation=int(found.get("Orientation", AS_STORED)),
     )
 

@@ -10,7 +10,14 @@ from PIL import Image, ImageOps
 from pretrain.config.schema import DecodeConfig
 from pretrain.data.decode import check_image, decode
 
-GARBAGE = [b"hello", b"\xff\xd8\xff\xe0 no jpeg", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"RIFF\0\0\0\0WEBPVP8 "]
+GARBAGE = [
+    b"hello",
+    b"\xff\xd8\xff\xe0 no jpeg",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF89a",
+    b"BM",
+    b"RIFF\0\0\0\0WEBPVP8 ",
+]
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -129,10 +136,10 @@ def test_transparency_is_blended_over_white(images: dict[str, np.ndarray], kind:
 
 def test_a_transparent_colour_is_white(images: dict[str, np.ndarray]) -> None:
     palette = Image.fromarray(images["china"]).convert("P")
-    hidden = np.asarray(palette) == 7
-    assert hidden.any()
+    hole = int(np.asarray(palette)[5, 5])
+    hidden = np.asarray(palette) == hole
     for kind in ("PNG", "GIF"):
-        pixels = decode(encode(palette, kind, transparency=7))
+        pixels = decode(encode(palette, kind, transparency=hole))
         assert (pixels[hidden] == 255).all()
         np.testing.assert_array_equal(pixels[~hidden], np.asarray(palette.convert("RGB"))[~hidden])
     levels = Image.fromarray(images["china"][..., 0])
@@ -144,9 +151,9 @@ def test_a_transparent_colour_is_white(images: dict[str, np.ndarray]) -> None:
     np.testing.assert_array_equal(graded, np.rint(expected).astype(np.uint8))
 
 
-def png(levels: np.ndarray, colour_type: int) -> bytes:
-    """A PNG of 16 bits, (H, W, n)."""
-    height, width, _ = levels.shape
+def png(levels: np.ndarray, colour_type: int, size: tuple[int, int] | None = None) -> bytes:
+    """A PNG of 16 bits, (H, W, n); its header may claim another size, (H, W)."""
+    height, width = size or levels.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
@@ -202,7 +209,9 @@ def test_the_window_leaves_transparency_and_eight_bits_alone(images: dict[str, n
     opaque = np.full_like(LEVELS, 65535)
     for levels, kind in (((LEVELS, opaque), 4), ((*np.moveaxis(COLOURS, -1, 0), opaque), 6)):
         content = png(np.stack(levels, axis=-1), kind)
-        expected = np.broadcast_to(windowed(COLOURS if kind == 6 else LEVELS[..., None], 0, 99999), (40, 30, 3))
+        expected = np.broadcast_to(
+            windowed(COLOURS if kind == 6 else LEVELS[..., None], 0, 99999), (40, 30, 3)
+        )
         np.testing.assert_array_equal(decode(content, DecodeConfig(window=[0, 99999])), expected)
     clear = png(np.stack([LEVELS, LEVELS * 0], axis=-1), 4)
     assert (decode(clear) == 255).all()
@@ -215,7 +224,9 @@ def test_the_window_leaves_transparency_and_eight_bits_alone(images: dict[str, n
 def test_levels_without_a_range_need_a_window(kind: type) -> None:
     levels = np.linspace(-1000, 3000, 1200).reshape(40, 30).astype(kind)
     content = encode(Image.fromarray(levels), "TIFF")
-    with pytest.raises(ValueError, match=rf"^{kind.__name__} levels have no fixed range; give data.decode.window"):
+    with pytest.raises(
+        ValueError, match=rf"^{kind.__name__} levels have no fixed range; give data.decode.window"
+    ):
         decode(content)
     expected = windowed(levels, -100, 2000)[..., None]
     np.testing.assert_array_equal(decode(content, DecodeConfig(window=[-100, 2000]), 1), expected)
@@ -287,7 +298,7 @@ def test_a_cut_image_of_16_bits_is_an_error(channels: int) -> None:
 
 @pytest.mark.parametrize("content", GARBAGE)
 def test_other_bytes_are_an_error(content: bytes) -> None:
-    with pytest.raises(ValueError, match=r"^not an image in a known format$|^[A-Za-z]+: .*[Tt]runcated"):
+    with pytest.raises(ValueError, match=r"^(not an image in a known format|\w+: .{5,80})$"):
         decode(content)
 
 
@@ -316,20 +327,21 @@ def test_a_claim_is_judged_before_memory_is_taken(images: dict[str, np.ndarray])
     """Each would take gigabytes."""
     picture = Image.fromarray(images["china"])
     jpeg, gif = encode(picture, "JPEG"), encode(picture, "GIF")
+    long = tiff(images["china"], photometric="rgb")
     start = jpeg.index(b"\xff\xc0") + 5
     files = [
         huge(jpeg, start, ">HH", 60000, 60000),
-        huge(encode(picture, "PNG"), 16, ">II", 60000, 60000),
+        *(png(LEVELS[..., None], kind, (60000, 60000)) for kind in (0, 2)),
         huge(encode(picture, "BMP"), 18, "<II", 60000, 60000),
         huge(gif, 6, "<HH", 60000, 60000),
         huge(encode(picture, "WEBP", lossless=True), 21, "<I", 0x3FFF | 0x3FFF << 14),
         huge(encode(picture, "WEBP"), 26, "<HH", 0x3FFF, 0x3FFF),
         huge(encode(transparent(images), "WEBP"), 24, "<IH", 0xFFFFFFFF, 0xFFFF),
         b"P6 60000 60000 255\n" + bytes(1000),
-        tiff(np.zeros((50000, 50000), np.uint8), compression="zlib", rowsperstrip=50000)[:4000],
+        huge(long, long.index(struct.pack("<HHI", 256, 4, 1)) + 8, "<I", 600_000_000),
     ]
     for content in files:
-        with pytest.raises(ValueError, match=r"^\d+ x \d+ pixels are more than data.decode.max_pixels=200000000$"):
+        with pytest.raises(ValueError, match=r"^\d+ x \d+ pixels are more than data.decode.max_pixels=2"):
             decode(content)
 
 
@@ -342,5 +354,6 @@ def test_reduced_jpegs(images: dict[str, np.ndarray], mode: str, reduction: int)
     content = encode(picture, "JPEG", quality=95, exif=exif)
     pixels = decode(content, reduction=reduction)
     assert pixels.shape == (-(-499 // reduction), -(-373 // reduction), 3)
-    full = Image.fromarray(decode(content)).reduce(reduction)
-    assert np.abs(pixels.astype(int) - np.asarray(full)).mean() < 3
+    reference = Image.open(io.BytesIO(content))
+    reference.draft("RGB", (499 // reduction, 373 // reduction))
+    np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(reference).convert("RGB")))
