@@ -1,8 +1,8 @@
 """The augmentation after resizing, for a whole batch on the device: the operations of `colour.py` in torch.
 
 Values are whole levels in float32, and sums of them stay below 2^24, so all but saturation and hue give the
-very levels of the CPU path on any device. Which crops an operation changes is decided on the CPU: nothing
-waits for the device, and no shape depends on it.
+very levels of the CPU path on any device, and these nearly so. Which crops an operation changes is decided on
+the CPU: nothing waits for the device, and no shape depends on it.
 """
 
 from collections.abc import Callable, Iterator
@@ -121,11 +121,12 @@ def _hue(crops: Tensor, steps: Tensor) -> Tensor:
     red, green, blue = crops[:, :1], crops[:, 1:2], crops[:, 2:]
     value, least = crops.amax(1, keepdim=True), crops.amin(1, keepdim=True)
     spread = value - least
-    part: Tensor = 1 / spread.clamp(min=1)
-    sector = torch.where(value == green, 2 + (blue - red) * part, 4 + (red - green) * part)
-    sector = torch.where(value == red, (green - blue) * part, sector)
-    sector = torch.where(sector < 0, sector + 6, sector)
-    hue = ((sector * (HUE_STEPS / 6)).floor() + steps).remainder(256)
+    # In degrees and in this order, as OpenCV: truncation makes whole steps of differences in the last bit.
+    share: Tensor = 60 / spread.clamp(min=1)
+    degrees = torch.where(value == green, (blue - red) * share + 120, (red - green) * share + 240)
+    degrees = torch.where(value == red, (green - blue) * share, degrees)
+    degrees = torch.where(degrees < 0, degrees + 360, degrees)
+    hue = ((degrees * (HUE_STEPS / 360)).floor() + steps).remainder(256)
     saturation = (spread / value.clamp(min=1) * 255 + SATURATION_EPSILON).floor() / 255
     return _from_hsv(hue * (6 / HUE_STEPS), saturation, value)
 

@@ -208,6 +208,8 @@ class TrainLoader:
                 moved,
                 global_crops=augment_on_device(moved.global_crops, batch.global_params),
                 local_crops=augment_on_device(moved.local_crops, batch.local_params),
+                global_params=None,
+                local_params=None,
             )
         return moved.normalize(self.mean, self.std)
 

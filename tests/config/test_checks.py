@@ -58,8 +58,8 @@ REFUSED = [
         "data.augment.saturation: only RGB images have colours",
     ),
     (["data.decode.max_pixels=0"], "data.decode.max_pixels: must be at least 1"),
-    (["data.decode.window=[1]"], "data.decode.window: [1] must be [low, high] with low below high"),
-    (["data.decode.window=[9,9]"], "data.decode.window: [9, 9] must be [low, high] with low below high"),
+    (["data.decode.window=[1]"], "data.decode.window: [1.0] must be [low, high] with low below high"),
+    (["data.decode.window=[9,9]"], "data.decode.window: [9.0, 9.0] must be [low, high] with low below high"),
     (["data.decode.window=[0,.nan]"], "data.decode.window: must be finite"),
     (
         ["model.img_size=200"],

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pretrain.batch import Batch
-from pretrain.config.schema import Config
+from pretrain.config.schema import AugmentConfig, Config
 from pretrain.data.loader import TrainLoader
 from pretrain.data.tar import scan
 from tests.data.conftest import GLOBAL_BATCH, GROUP
@@ -147,6 +147,29 @@ def test_crops_come_from_the_image_at_their_position(make_config: MakeConfig) ->
     assert not isinstance(group, Exception)
     np.testing.assert_array_equal(group.global_crops[:, 1], large)
     np.testing.assert_array_equal(group.local_crops[:, 1], small)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_augmented_on_the_device_are_those_of_the_cpu(make_config: MakeConfig, workers: int) -> None:
+    cfg = make_config(accumulation_steps=2)
+    both = (replace(cfg, data=replace(cfg.data, augment_on="device", workers=workers)), cfg)
+    device, cpu = ([batch for _, step in make_loader(each).steps(1, 3) for batch in step] for each in both)
+    for mine, reference in zip(device, cpu, strict=True):
+        assert mine.global_params is None and mine.local_params is None
+        assert torch.equal(mine.masks, reference.masks)
+        for name in ("global_crops", "local_crops"):
+            crops, expected = getattr(mine, name), getattr(reference, name)
+            assert crops.shape == expected.shape and crops.dtype == torch.float32
+            assert (crops - expected).abs().mean() < 0.3 / 255 / 0.229
+
+
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_gray_images(make_config: MakeConfig, augment_on: str) -> None:
+    colourless = AugmentConfig(saturation=0, hue=0, grayscale_probability=0)
+    cfg = make_config(channels=1, mean=[0.5], std=[0.2], augment=colourless, augment_on=augment_on)
+    _, (batch,) = next(make_loader(cfg).steps(0, 1))
+    assert batch.global_crops.shape == (32, 1, 32, 32) and batch.local_crops.shape == (48, 1, 16, 16)
+    assert batch.global_crops.std() > 0.1
 
 
 def test_the_global_generators_are_left_alone(make_config: MakeConfig) -> None:
