@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from pretrain.config.schema import DecodeConfig
 from pretrain.data.exif import AS_STORED, TURN_BACK, image_orientation, turn
-from pretrain.data.pixels import Levels, Pixels, check_size, fit_channels, to_uint8
+from pretrain.data.pixels import Levels, Pixels, check_bands, check_size, fit_channels, to_uint8
 from pretrain.data.tiff import read_bands, read_tags
 
 Image.MAX_IMAGE_PIXELS = None  # the limit is `data.decode.max_pixels`; Pillow would warn of its own
@@ -29,6 +29,7 @@ FORMATS = (
 )  # others may run programs to open
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_COLOUR = frozenset({2, 4, 6})  # colour types that Pillow cuts to 8 bits: RGB, grey + alpha, RGB + alpha
+MAX_REASON = 200  # letters of what a parser has to say
 GREY, DEEP = ("1", "L"), ("I", "F")  # modes of Pillow: 8 bits at most; 32 bits
 
 
@@ -52,10 +53,9 @@ def decode_other(content: bytes, cfg: DecodeConfig, channels: int | None) -> Pix
         stored = _read(content, cfg, channels)
     except UnidentifiedImageError as error:
         raise ValueError("not an image in a known format") from error
-    except ValueError:
-        raise
     except Exception as error:  # the parsers of Pillow and tifffile raise what they happen to meet
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(name + " ".join(str(error).split())[:MAX_REASON]) from error
     pixels = fit_channels(_to_uint8(stored, cfg.window), channels, stored.rgb)
     return np.ascontiguousarray(turn(pixels, stored.orientation))
 
@@ -68,6 +68,8 @@ def _read(content: bytes, cfg: DecodeConfig, channels: int | None) -> Stored:
         if tags.colour_of_16_bits:
             return Stored(_read_colour(content), True, turned)
         if not tags.read_by_pillow:
+            if not tags.rgb:  # before memory is taken for bands that nobody wants
+                check_bands(tags.samples, channels)
             return Stored(read_bands(content, tags), tags.rgb, turned)
     if size := webp_size(content):  # Pillow takes memory for the whole picture when it opens one
         check_size(*size, cfg.max_pixels)

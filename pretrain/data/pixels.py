@@ -59,14 +59,23 @@ def fit_channels(pixels: Pixels, channels: int | None, rgb: bool) -> Pixels:
         ValueError: it has other channels.
     """
     stored = pixels.shape[2]
-    if channels is None or stored == channels:
-        return pixels
     if channels == 3 and stored == 1:
         return np.repeat(pixels, 3, axis=2)
-    if rgb and channels in (1, 3) and stored in (3, 4):
+    if rgb and channels in (1, 3):
         colours = over_white(pixels) if stored == 4 else pixels
         return colours if channels == 3 else to_luma(colours)
-    raise ValueError(f"has {stored} channels, data.channels={channels}")
+    check_bands(stored, channels)
+    return pixels
+
+
+def check_bands(stored: int, channels: int | None) -> None:
+    """Refuse bands that are not exactly the wanted ones.
+
+    Raises:
+        ValueError: `channels` is a number, and another one.
+    """
+    if channels not in (None, stored):
+        raise ValueError(f"has {stored} channels, data.channels={channels}")
 
 
 def over_white(pixels: Pixels) -> Pixels:

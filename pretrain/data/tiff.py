@@ -101,8 +101,9 @@ def read_bands(content: bytes, tags: Tags) -> Levels:
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         page = file.pages[0]
         bands, axes = page.asarray(), page.axes
-    if axes == "SYX":  # one plane after another
-        return np.moveaxis(bands, 0, -1)
-    if axes != "YXS":
+    if axes not in ("SYX", "YXS"):
         raise ValueError(f"a TIFF with axes {axes} is not one flat image")
-    return np.asarray(bands)
+    levels = np.moveaxis(bands, 0, -1) if bands.ndim == 3 and axes == "SYX" else np.asarray(bands)
+    if levels.shape != (tags.height, tags.width, tags.samples):  # tifffile takes missing pixels lightly
+        raise ValueError("cannot be decoded; it may be cut off")
+    return levels

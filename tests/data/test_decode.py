@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageOps
 
 from pretrain.config.schema import DecodeConfig
@@ -165,7 +166,6 @@ def png(levels: np.ndarray, colour_type: int, size: tuple[int, int] | None = Non
 
 
 def tiff(bands: np.ndarray, **options: object) -> bytes:
-    tifffile = pytest.importorskip("tifffile")
     file = io.BytesIO()
     tifffile.imwrite(file, bands, **options)
     return file.getvalue()
@@ -357,3 +357,20 @@ def test_reduced_jpegs(images: dict[str, np.ndarray], mode: str, reduction: int)
     reference = Image.open(io.BytesIO(content))
     reference.draft("RGB", (499 // reduction, 373 // reduction))
     np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(reference).convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_bytes_are_an_image_or_one_line(images: dict[str, np.ndarray], kind: str) -> None:
+    content = np.frombuffer(encode(Image.fromarray(images["china"][:60, :80]), kind), np.uint8)
+    rng, cfg = np.random.default_rng(0), DecodeConfig(max_pixels=10**6)
+    refused = 0
+    for _ in range(150):
+        damaged = content.copy()
+        places = rng.integers(0, rng.choice([100, len(content)]), 4)
+        damaged[places] = rng.integers(0, 256, 4)
+        try:
+            assert decode(damaged.tobytes(), cfg).shape[2] == 3
+        except ValueError as error:
+            assert type(error) is ValueError and 0 < len(str(error)) < 250 and "\n" not in str(error)
+            refused += 1
+    assert refused > 10
