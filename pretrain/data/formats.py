@@ -51,13 +51,35 @@ def decode_other(content: bytes, cfg: DecodeConfig, channels: int | None) -> Pix
         raise ValueError("is empty (0 bytes)")
     try:
         stored = _read(content, cfg, channels)
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image in a known format") from error
     except Exception as error:  # the parsers of Pillow and tifffile raise what they happen to meet
-        name = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise ValueError(name + " ".join(str(error).split())[:MAX_REASON]) from error
+        raise ValueError(_reason(error)) from error
     pixels = fit_channels(_to_uint8(stored, cfg.window), channels, stored.rgb)
     return np.ascontiguousarray(turn(pixels, stored.orientation))
+
+
+def stored_size(content: bytes) -> tuple[int, int]:
+    """(width, height) as stored, from the header.
+
+    Raises:
+        ValueError: the bytes are no image in a known format.
+    """
+    try:
+        if tags := read_tags(content):
+            return tags.width, tags.height
+        if size := webp_size(content):
+            return size
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            return image.size
+    except Exception as error:  # as above
+        raise ValueError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a known format"
+    name = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return name + " ".join(str(error).split())[:MAX_REASON]
 
 
 def _read(content: bytes, cfg: DecodeConfig, channels: int | None) -> Stored:

@@ -5,7 +5,6 @@ is a header (magic, bytes of a key, bytes of the tar, samples) and the records, 
 long as its shard has the size written in it and is not newer than it.
 """
 
-import io
 import os
 import re
 import struct
@@ -17,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
 
+from pretrain.data.formats import stored_size
 from pretrain.data.tar import Member, scan
 from pretrain.errors import InputError
 
@@ -192,13 +191,7 @@ def image_size(content: bytes) -> tuple[int, int]:
             pass  # Pillow accepts more
         else:
             return width, height
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.size
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image in a known format") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    return stored_size(content)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from pretrain.batch import Batch
 from pretrain.config.schema import AugmentConfig, Config
 from pretrain.data.loader import TrainLoader
 from pretrain.data.tar import scan
+from pretrain.data.writer import PackedSample, write_shards
 from tests.data.conftest import GLOBAL_BATCH, GROUP
 
 CPU = torch.device("cpu")
@@ -170,6 +173,22 @@ def test_gray_images(make_config: MakeConfig, augment_on: str) -> None:
     _, (batch,) = next(make_loader(cfg).steps(0, 1))
     assert batch.global_crops.shape == (32, 1, 32, 32) and batch.local_crops.shape == (48, 1, 16, 16)
     assert batch.global_crops.std() > 0.1
+
+
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_images_of_five_bands(make_config: MakeConfig, tmp_path: Path, augment_on: str) -> None:
+    bands = np.random.default_rng(0).integers(0, 256, (16, 40, 50, 5), np.uint8)
+    samples = []
+    for i, image in enumerate(bands):
+        file = io.BytesIO()
+        tifffile.imwrite(file, image, photometric="minisblack", planarconfig="contig")
+        samples.append(PackedSample(f"{i}", "tif", file.getvalue(), None, {}))
+    write_shards(samples, tmp_path, "train", 16)
+    colourless = AugmentConfig(saturation=0, hue=0, grayscale_probability=0)
+    settings = {"channels": 5, "mean": [0.5] * 5, "std": [0.2] * 5, "augment": colourless}
+    cfg = make_config(shards=[str(tmp_path / "train-*.tar")], augment_on=augment_on, **settings)
+    _, (batch,) = next(make_loader(cfg).steps(0, 1))
+    assert batch.global_crops.shape == (32, 5, 32, 32) and batch.global_crops.std() > 0.1
 
 
 def test_the_global_generators_are_left_alone(make_config: MakeConfig) -> None:
