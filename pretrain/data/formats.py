@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from pretrain.config.schema import DecodeConfig
-from pretrain.data.exif import AS_STORED, TURN_BACK, image_orientation, turn
+from pretrain.data.exif import AS_STORED, TURN_BACK, image_orientation, jpeg_orientation, turn
 from pretrain.data.pixels import Levels, Pixels, check_bands, check_size, fit_channels, to_uint8
 from pretrain.data.tiff import read_bands, read_tags
 
@@ -98,17 +98,19 @@ def _read(content: bytes, cfg: DecodeConfig, channels: int | None) -> Stored:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         check_size(*image.size, cfg.max_pixels)
         if _is_deep_png(content):
-            return Stored(_read_colour(content), True, _orientation(image, cfg))
+            return Stored(_read_colour(content), True, _orientation(image, content, cfg))
         levels, rgb = _levels(image, channels)
         if tags is None:
-            return Stored(levels, rgb, _orientation(image, cfg))
+            return Stored(levels, rgb, _orientation(image, content, cfg))
         # Pillow turns TIFFs, and only these, by itself.
         back = TURN_BACK.get(tags.orientation, tags.orientation)
         return Stored(levels, rgb, AS_STORED if cfg.exif_rotation else back)
 
 
-def _orientation(image: Image.Image, cfg: DecodeConfig) -> int:
-    return image_orientation(image) if cfg.exif_rotation else AS_STORED
+def _orientation(image: Image.Image, content: bytes, cfg: DecodeConfig) -> int:
+    if not cfg.exif_rotation:
+        return AS_STORED
+    return jpeg_orientation(content) if image.format in ("JPEG", "MPO") else image_orientation(image)
 
 
 def _levels(image: Image.Image, channels: int | None) -> tuple[Levels, bool]:

@@ -95,6 +95,14 @@ def test_images_are_turned_as_viewers_do(kind: str, mode: str, orientation: int)
     np.testing.assert_array_equal(stored, decode(encode(Image.fromarray(MARKED).convert(mode), kind)))
 
 
+def test_jpegs_that_pillow_reads_are_turned_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(MARKED).convert("CMYK")
+    turned = decode(encode(picture, "JPEG", exif=exif))
+    np.testing.assert_array_equal(turned, decode(encode(picture, "JPEG"))[::-1].swapaxes(0, 1))
+
+
 def test_exif_behind_other_notes_is_found_in_either_byte_order() -> None:
     plain = encode(Image.fromarray(MARKED), "JPEG")
     notes = b"\xff\xed" + struct.pack(">H", 5000) + bytes(4998) + b"\xff\xfe\0\4hi"
