@@ -5,7 +5,6 @@ sample that cannot be used (no image, no bytes, not an image) is kept in the ind
 wrong, and training counts and replaces it.
 """
 
-import io
 import os
 import re
 import signal
@@ -20,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
+from pretrain.data.formats import stored_size
 from pretrain.data.index import (
     HEADER,
     MAGIC,
@@ -213,13 +212,7 @@ def image_size(content: bytes) -> tuple[int, int]:
             pass  # Pillow accepts more
         else:
             return width, height
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.size
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image in a known format") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    return stored_size(content)
 
 
 def _write(path: Path, content: bytes, shard: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pretrain.data.decode import decode
+from pretrain.data.decode import check_image
 from pretrain.data.index import Records, index_path, indexed_samples, open_index, record_type
+from pretrain.data.indexing import image_size
 from pretrain.data.members import key_and_extension
 from pretrain.data.tar import Member, scan
 from pretrain.errors import InputError
@@ -116,7 +117,8 @@ def _fault_of_sample(record: np.void, content: bytes, members: dict[int, Member]
     if zlib.crc32(content) != record["crc32"]:
         return "its bytes differ from the checksum in the index; restore the shard"
     try:
-        height, width = decode(content).shape[:2]
+        check_image(content)
+        width, height = image_size(content)
     except ValueError as error:
         return f"cannot be decoded ({error})"
     if (width, height) != (record["width"], record["height"]):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pretrain.data.decode import decode
+from pretrain.data.decode import check_image
 from pretrain.data.inputs.groups import group_by_rule
 from pretrain.data.inputs.listing import Listing
 from pretrain.data.inputs.mixing import in_threads, shuffled
@@ -89,7 +89,7 @@ def _read(source: Source, numbers: Mapping[str, int]) -> Result:
             content = source.path.read_bytes()
         else:
             extension, content = read_page(source.path, source.part)
-        decode(content)
+        check_image(content)
     except OSError as error:
         return Unreadable(source.name, error.strerror or str(error))
     except ValueError as error:

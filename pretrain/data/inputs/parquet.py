@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.data.decode import decode
+from pretrain.data.decode import check_image
 from pretrain.data.inputs.columns import Columns, find_columns, open_table
 from pretrain.data.inputs.groups import group_by_rule
 from pretrain.data.inputs.listing import Listing
@@ -141,7 +141,7 @@ def _encode(row: _Row, columns: Columns, numbers: Mapping[str, int], options: Op
     try:
         if extension is None:
             raise ValueError("not an image in a known format")
-        decode(row.image)
+        check_image(row.image)
     except ValueError as error:
         return Unreadable(row.name, str(error))
     label_name, label = _label(row.label, columns, numbers)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.decode import decode
+from pretrain.data.decode import check_image
 from pretrain.data.inputs.classes import read_classes
 from pretrain.data.inputs.groups import group_by_rule
 from pretrain.data.inputs.listing import Listing
@@ -141,7 +141,7 @@ def _read(path: Path, row: np.void, options: Options) -> Result:
     try:
         with path.open("rb") as file:
             image, notes, label = (_bytes(file, row[kind]) for kind in ("image", "json", "cls"))
-        decode(image)
+        check_image(image)
         kept, number = _notes(notes), _label(label)
     except OSError as error:
         return Unreadable(name, error.strerror or str(error))
