@@ -91,6 +91,7 @@ def _check_sizes(cfg: Config) -> None:
 def _check_data(data: DataConfig, channels: int) -> None:
     _require(bool(data.shards), "data.shards", "names no shard; give paths, globs or brace patterns")
     _check_names("data.shards", data.shards)
+    _require(bool(data.cache.dir.strip()), "data.cache.dir", "is empty; name a folder")
     for key, values in {"data.mean": data.mean, "data.std": data.std}.items():
         _require(len(values) == channels, key, f"needs {channels} values, one a channel, got {values}")
     _require(min(data.std) > 0, "data.std", f"must be above 0, got {data.std}")

@@ -101,8 +101,8 @@ def open_index(shard: Path) -> Records:
     return np.memmap(index_path(shard), dtype=kind, mode="r", offset=HEADER.size, shape=(samples,))
 
 
-def build_index(shard: Path) -> int:
-    """Scan a shard and write its index; the number of samples.
+def build_index(shard: Path, target: Path | None = None) -> int:
+    """Scan a shard and write its index, beside it or at `target`; the number of samples.
 
     Raises:
         InputError: the shard is damaged, a sample has no image or one member twice, or the folder is not
@@ -113,7 +113,7 @@ def build_index(shard: Path) -> int:
         groups = _group(scan(shard), file.fileno(), shard)
         records = _records(groups, file.fileno(), shard)
     header = HEADER.pack(MAGIC, records.dtype["key"].itemsize, 0, tar_size, len(records))
-    _write(index_path(shard), header + records.tobytes())
+    _write(target or index_path(shard), header + records.tobytes())
     return len(records)
 
 
