@@ -23,7 +23,7 @@ UNFINISHED = re.compile(r"\.(.+\.[0-9a-f]{16}\.tar(?:\.idx)?)\.(?:.+\.)?(?:part|
 LOCK = re.compile(r"\.(.+\.[0-9a-f]{16}\.tar(?:\.idx)?)\.lock")
 GRAVE = re.compile(r"\..+\.lock\.[0-9a-f]{8}")  # of a dead owner, while it is being removed
 ROOM_LOCK = ".room.lock"
-GRACE_NS = 1_000_000_000  # a shard that was asked for so recently is not evicted: it is about to be opened
+GRACE_NS = 500_000_000  # a shard that was asked for so recently is not evicted: it is about to be opened
 TOUCH_NS = GRACE_NS // 2  # between two rewritings of the time of access
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 0.5
 
