@@ -122,6 +122,8 @@ def _missing(kind: str, program: str) -> str:
     wanted = [f"the program {program}"] if program else []
     if package and package != "fsspec":
         wanted.append(f"the package {package}")
+    if not wanted and known:
+        return one_line(ImportError(known.get("err", f"{kind}:// cannot be read")))
     if not wanted:
         return f"nothing here reads {kind}://; use pipe:COMMAND with a command that writes the shard"
     return f"{kind}:// is read with {' or '.join(wanted)}; install it"
