@@ -17,7 +17,8 @@ from pretrain import distributed
 from pretrain.batch import Batch
 from pretrain.config.derived import micro_batch_size, vit_shape
 from pretrain.config.schema import Config
-from pretrain.data.shards import list_shards
+from pretrain.data.remote import is_remote
+from pretrain.data.shards import shard_names
 from pretrain.data.synthetic import noise_batch
 from pretrain.engines.single import SingleEngine
 from pretrain.errors import InputError
@@ -82,10 +83,14 @@ def _without_missing_export(cfg: Config) -> Config:
 
 def _shards_line(cfg: Config) -> str:
     try:
-        count = len(list_shards(cfg.data.shards, "data.shards"))
+        names = shard_names(cfg.data.shards, "data.shards")
     except InputError as error:
         return f"{error}; noise takes their place here"
-    return f"data.shards: {count} shards exist; noise takes their place here"
+    remote = sum(map(is_remote, names))
+    found = f"{len(names) - remote} shards exist" + (
+        f", {remote} are remote (not looked at)" if remote else ""
+    )
+    return f"data.shards: {found}; noise takes their place here"
 
 
 def _refuse_impossible(cfg: Config, device: torch.device) -> Footprint:

@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ROWS = [  # a module imports from lower rows, from its own package, or along an arrow of its row
-    {"config", "batch", "projection", "seeding", "distributed", "errors", "command_line", "cluster"},
+    {
+        "config",
+        "batch",
+        "projection",
+        "seeding",
+        "distributed",
+        "errors",
+        "command_line",
+        "cluster",
+        "processes",
+    },
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery"},
     {"analysis"},
@@ -35,7 +45,7 @@ ARROWS = {
 }
 NO_TORCH = [
     *("config", "cluster", "cli", "command_line", "seeding", "errors"),
-    *("data.shards", "data.index", "data.order"),
+    *("data.shards", "data.index", "data.order", "data.remote", "data.retry", "data.cache"),
 ]
 NESTED = {  # only for speed: these answer before torch is imported
     ("pretrain.cli", "pretrain.train"),

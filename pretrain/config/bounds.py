@@ -25,6 +25,7 @@ BOUNDS = (
         model.in_channels optim.max_bad_steps dino_head.hidden_dim dino_head.bottleneck_dim
         dino_head.num_layers ibot_head.hidden_dim ibot_head.bottleneck_dim ibot_head.num_layers
         loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.decode.max_pixels
+        data.io_attempts
         data.global_crops.size data.local_crops.size data.local_crops.number mask.min_patches
         optim.global_batch_size engine.accumulation_steps checkpoint.every checkpoint.keep
         checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop log.knn.batch_size
@@ -50,7 +51,7 @@ BOUNDS = (
         lambda value: value > 0,
         """
         model.ffn_ratio model.layer_scale loss.student_temp teacher.warmup_temp teacher.temp optim.lr
-        log.knn.temperature data.worker_timeout
+        log.knn.temperature data.worker_timeout data.cache.max_gb data.io_timeout
         """,
     ),
     Bound(

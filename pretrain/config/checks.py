@@ -90,6 +90,7 @@ def _check_sizes(cfg: Config) -> None:
 
 def _check_data(data: DataConfig) -> None:
     _check_sources(data)
+    _require(bool(data.cache.dir.strip()), "data.cache.dir", "is empty; name a folder")
     window = data.decode.window
     ordered = window is None or (len(window) == 2 and window[0] < window[1])
     _require(ordered, "data.decode.window", f"{window} must be [low, high] with low below high, or null")

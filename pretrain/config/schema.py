@@ -160,11 +160,22 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """Copies of remote shards on this machine; not used while `data.shards` names local files only."""
+
+    dir: str = "~/.cache/pretrain/shards"  # best on a local disk; shared by the processes that name it
+    max_gb: float = 200.0  # 10^9 bytes of shards; those not used for longest are removed
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, in which order, and what is cut from each image."""
 
-    shards: list[str] = field(default_factory=lambda: ["data/train-*.tar"])  # paths, globs or brace patterns
+    shards: list[str] = field(default_factory=lambda: ["data/train-*.tar"])  # paths, globs, braces, addresses
     sources: list[SourceConfig] = field(default_factory=list)  # several data sets, in place of shards
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    io_attempts: int = 6  # at reading and downloading, before the run ends; 31 s of waiting in all
+    io_timeout: float = 60.0  # seconds without a byte, after which a download has failed
     shuffle: Literal["block", "full", "none"] = "block"  # block: shards permuted, open_shards mixed
     open_shards: int = 16  # shards whose samples are mixed by shuffle=block
     group_size: int = 64  # images sharing mask budget, KoLeo neighbours, drop-path subset (DINOv2: a GPU's)

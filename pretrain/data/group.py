@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pretrain.config.derived import drop_path_rates
 from pretrain.config.schema import Config
 from pretrain.data.augment import augment, cut
+from pretrain.data.cache import ShardCache
 from pretrain.data.drawn import decode_and_draw
 from pretrain.data.draws import Draws
 from pretrain.data.drop_path import drop_subsets
@@ -21,7 +22,8 @@ from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
 from pretrain.data.pixels import Pixels
 from pretrain.data.reader import MAX_OPEN, CorruptSample, Reader
-from pretrain.data.shards import list_shards
+from pretrain.data.remote import is_remote
+from pretrain.data.shards import shard_names
 from pretrain.data.slots import GroupArrays
 from pretrain.errors import InputError
 from pretrain.seeding import numpy_stream
@@ -62,10 +64,12 @@ class GroupMaker:
             InputError: the data cannot be used; says which setting or shard.
         """
         self.cfg = cfg
-        listed = [list_shards(patterns, key) for key, patterns, _ in _sources(cfg)]
+        listed = [shard_names(patterns, key) for key, patterns, _ in _sources(cfg)]
         shards = [shard for source in listed for shard in source]
+        cache = ShardCache.from_config(cfg.data) if any(map(is_remote, shards)) else None
         max_open = max(MAX_OPEN, 2 * cfg.data.open_shards * len(listed))
-        self.reader = Reader(shards, max_open, start=rank * len(shards) // world_size)
+        start = rank * len(shards) // world_size
+        self.reader = Reader(shards, cache, max_open, start, cfg.data.io_attempts)
         self.order = self._mix([len(source) for source in listed])
 
     def _mix(self, shard_counts: list[int]) -> Mixture:

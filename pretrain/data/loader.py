@@ -14,6 +14,7 @@ import torch
 from pretrain import distributed
 from pretrain.batch import Batch
 from pretrain.config.schema import Config
+from pretrain.data.ahead import ShardsAhead
 from pretrain.data.collate import collate
 from pretrain.data.corrupt import CorruptLog
 from pretrain.data.counters import Counters
@@ -149,6 +150,7 @@ class _Feed:
             self.slots = LocalSlots(loader.layout, count)
             self.pool = InlinePool(loader.maker, self.slots)
         self.copier = DeviceCopier(loader.device, self.slots)
+        self.shards_ahead = ShardsAhead(loader.maker.reader, loader.maker.order)
         self.free = deque(range(count))
         self.pending: deque[_Pending] = deque()
         self.ahead: list[Batch] = []  # of the next step, on their way to the device
@@ -185,6 +187,7 @@ class _Feed:
         if self.copier.overlaps:
             self.free.extend(self.copier.release(wait=not self.free and not self.pending))
         while self.free and (position := next(self.positions, None)) is not None:
+            self.shards_ahead.look(position)
             slot, groups = self.free.popleft(), self.loader.micro_batch // self.group_size
             self.pending.append(_Pending(slot, position, groups))
             for group in range(groups):
@@ -200,5 +203,6 @@ class _Feed:
 
     def close(self) -> None:
         """End the workers."""
+        self.shards_ahead.close()
         self.pool.close()
         self.copier.close()

@@ -56,6 +56,11 @@ class Mixture:
         sample = self.orders[source].at(window * self.counts[source] + self._rank[slot] + skip)
         return Place(source, sample.epoch, self._first_shard[source] + sample.shard, sample.index)
 
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of all sources that are read around a position and next."""
+        places = zip(self.orders, self._first_shard, self.source_positions(position), strict=True)
+        return [first + shard for order, first, place in places for shard in order.nearby(place)]
+
     def source_positions(self, position: int) -> list[int]:
         """Samples of each source before a position."""
         window, slot = divmod(position, WINDOW)

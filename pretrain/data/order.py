@@ -126,6 +126,16 @@ class Order:
                 shard, index = self._in_block(epoch, place)
         return Sample(epoch, shard, index)
 
+    def nearby(self, position: int) -> list[int]:
+        """The shards that are read around a position and next, in the same epoch; all in a full shuffle."""
+        epoch, place = divmod(position, self.length)
+        if self.shuffle == "full":
+            return list(range(len(self.sizes)))
+        order = self._stored if self.shuffle == "none" else self._shard_order(epoch)
+        span = 1 if self.shuffle == "none" else self.open_shards
+        first = bisect_right(order.ends, place) // span * span
+        return [shard for shard in order.shards[first : first + 2 * span] if self.sizes[shard]]
+
     def _in_block(self, epoch: int, place: int) -> tuple[int, int]:
         order = self._shard_order(epoch)
         block = bisect_right(order.ends, place) // self.open_shards

@@ -13,7 +13,7 @@ import torch
 PACKAGES = (
     *("torch", "numpy", "omegaconf", "pyyaml", "webdataset", "braceexpand", "pillow", "simplejpeg"),
     *("opencv-python-headless", "safetensors", "scikit-learn", "tensorboard", "rich", "submitit"),
-    *("deepspeed", "xformers"),
+    *("fsspec", "deepspeed", "xformers"),
 )
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pretrain.errors import InputError
+from pretrain.processes import started
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 45.0  # several heartbeats: a network disk may show a change late
@@ -27,7 +28,7 @@ class RunLock:
 
     def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS) -> None:
         self.folder, self.path, self.stale_seconds = folder, folder / "run.lock", stale_seconds
-        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid())}
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="run-lock", daemon=True)
 
@@ -86,7 +87,7 @@ class RunLock:
 
     def _alive(self, holder: dict[str, Any]) -> bool:
         if holder.get("host") == self.owner["host"]:
-            return _started(holder.get("pid")) == holder.get("started")
+            return started(holder.get("pid")) == holder.get("started")
         return self._touched_while_watched()
 
     def _touched_while_watched(self) -> bool:
@@ -120,17 +121,3 @@ def _changed(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return -1
-
-
-def _started(pid: object) -> str:
-    """When a process of this machine started, in ticks since boot; "" if it runs no more.
-
-    A reused process number has another time. Without /proc (macOS) every running process answers "running".
-    """
-    try:
-        if not Path("/proc/self/stat").exists():
-            os.kill(int(str(pid)), 0)
-            return "running"
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, ValueError):
-        return ""

@@ -1,4 +1,6 @@
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +9,12 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from pretrain.config.schema import Config, CropConfig, LocalCropConfig
+from pretrain.data.cache import ShardCache
 from pretrain.data.writer import PackedSample, write_shards
+from pretrain.processes import children
+from tests.data.http_server import FileServer, serving
 from tests.data.pictures import encode
+from tests.data.remote_shards import SHARDS, SIZE
 
 GROUP, GLOBAL_BATCH = 4, 16
 
@@ -63,3 +69,28 @@ def config_maker(shard_folder: Path, run_folder: Path) -> Callable[..., Config]:
         )
 
     return make
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with serving() as server:
+        server.files |= SHARDS
+        yield server
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> Callable[..., ShardCache]:
+    def make(max_bytes: int = 100 * SIZE, attempts: int = 3, seconds: float = 10.0) -> ShardCache:
+        return ShardCache(tmp_path / "cache", max_bytes, attempts, seconds, first_delay=0.01)
+
+    return make
+
+
+@pytest.fixture
+def tidy_cache(tmp_path: Path) -> Iterator[None]:
+    """No child, and in the cache nothing but shards and indexes."""
+    before = set(children(os.getpid()))
+    yield
+    assert set(children(os.getpid())) <= before
+    names = [path.name for path in (tmp_path / "cache").glob("*")]
+    assert [name for name in names if not re.fullmatch(r"[^.].*\.[0-9a-f]{16}\.tar(\.idx)?", name)] == []
