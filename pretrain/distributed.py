@@ -44,6 +44,11 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def is_main() -> bool:
+    """Whether this process is rank 0: the one that writes and speaks."""
+    return rank() == 0
+
+
 def world_size() -> int:
     """Number of ranks, 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1

@@ -16,9 +16,12 @@ from pretrain.config.derived import micro_batch_size
 from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
 from pretrain.engines.base import Engine, StepResult
+from pretrain.engines.ddp import DdpEngine
+from pretrain.engines.fsdp2 import Fsdp2Engine
 from pretrain.engines.single import SingleEngine
 from pretrain.errors import InputError, TrainingError
 from pretrain.export import write_export
+from pretrain.method.branch import SSLBranch
 from pretrain.method.dinov2 import DinoV2
 from pretrain.method.outputs import Observation, share_prototypes
 from pretrain.optim.schedules import Schedules, StepValues
@@ -76,14 +79,26 @@ def build(cfg: Config) -> Run:
     micro_batch = micro_batch_size(cfg, world_size)
     loader = TrainLoader(cfg, device, micro_batch, rank, world_size, Path(cfg.run.dir))
     student, teacher, method = build_branches(cfg, device, micro_batch)
-    match cfg.engine.kind:
-        case "single":
-            engine = SingleEngine(student, teacher, method, cfg.optim, cfg.engine, device)
+    engine = build_engine(cfg, student, teacher, method, device)
     folder = Path(cfg.run.dir)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.keep_every)
     step = load_start(cfg, engine, checkpoints, loader)
     record_run(cfg, folder)
     return Run(cfg, folder, engine, method, loader, Schedules(cfg), checkpoints, step)
+
+
+def build_engine(
+    cfg: Config, student: SSLBranch, teacher: SSLBranch, method: DinoV2, device: torch.device
+) -> Engine:
+    """The engine of `engine.kind`; all but single need a running process group."""
+    match cfg.engine.kind:
+        case "single":
+            kind: type[SingleEngine] = SingleEngine
+        case "ddp":
+            kind = DdpEngine
+        case "fsdp2":
+            kind = Fsdp2Engine
+    return kind(student, teacher, method, cfg.optim, cfg.engine, device)
 
 
 def run_loop(run: Run, report: Report, preemption: Preemption) -> None:

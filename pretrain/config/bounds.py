@@ -27,9 +27,9 @@ BOUNDS = (
         loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.decode.max_pixels
         data.io_attempts
         data.global_crops.size data.local_crops.size data.local_crops.number mask.min_patches
-        optim.global_batch_size engine.accumulation_steps checkpoint.every checkpoint.keep
-        checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop log.knn.batch_size
-        log.images.number
+        optim.global_batch_size engine.accumulation_steps engine.fsdp2.replicate checkpoint.every
+        checkpoint.keep checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop
+        log.knn.batch_size log.images.number
         """,
     ),
     Bound("between 1 and 128", lambda value: 1 <= value <= 128, "data.channels"),  # 128: OpenCV's limit

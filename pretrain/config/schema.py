@@ -226,13 +226,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class Fsdp2Config:
+    """How engine.kind=fsdp2 spreads the weights."""
+
+    replicate: int = 1  # copies of the shards (hybrid sharding), often the number of nodes
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How the step is executed; nothing here changes results beyond rounding."""
 
-    kind: Literal["single"] = "single"  # one process, one device
+    kind: Literal["single", "ddp", "fsdp2"] = "single"  # one device; a copy on each; shards on each
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, optimizer and losses stay fp32
     accumulation_steps: int = 1  # micro-batches per optimizer step
+    activation_checkpointing: Literal["none", "selective", "full"] = (
+        "none"  # of the student's blocks, computed
+    )
+    # again in the backward pass: selective = all but matrix products and attention, full = all
+    fsdp2: Fsdp2Config = field(default_factory=Fsdp2Config)
 
 
 @dataclass(frozen=True)

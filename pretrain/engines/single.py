@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch
 from pretrain.config.schema import EngineConfig, OptimConfig
+from pretrain.distributed import is_main
+from pretrain.engines.activations import checkpoint_activations
 from pretrain.engines.base import StepResult
 from pretrain.engines.guard import StepGuard
 from pretrain.engines.optimizer import build_adamw, optimizer_tensors, step_unless
+from pretrain.engines.shards import full, local
 from pretrain.method.branch import SSLBranch, branch_output
 from pretrain.method.outputs import BranchOutput
 from pretrain.method.signals import norms
@@ -35,6 +38,7 @@ class SingleEngine:
         self.branches = {"student": student.to(device), "teacher": teacher.to(device)}
         self.method = method.to(device)
         teacher.requires_grad_(False).eval()
+        checkpoint_activations(student.backbone.blocks, engine.activation_checkpointing)
         self.clip_grad_norm = optim.clip_grad_norm
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=engine.precision == "bf16")
         self.optimizer = build_adamw(student, optim)
@@ -42,7 +46,7 @@ class SingleEngine:
         self.loss = torch.zeros((), device=device)
         self.good = torch.ones((), dtype=torch.bool, device=device)
         self.clip_units = _parameters_by_child(student)
-        self.ema_pairs: tuple[list[Tensor], list[Tensor]] = [*teacher.parameters()], [*student.parameters()]
+        self.ema_pairs = [local(p) for p in teacher.parameters()], [local(p) for p in student.parameters()]
 
     def begin_step(self, step: int, values: StepValues) -> None:
         """See `Engine`."""
@@ -65,8 +69,7 @@ class SingleEngine:
     def features(self, images: Tensor) -> Features:
         """See `Engine`."""
         with self.autocast:
-            features: list[Features] = self.branches["teacher"].backbone([images.to(self.device)])
-            return features[0]
+            return Features(**self.branches["teacher"](images.to(self.device)))
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """See `Engine`."""
@@ -94,7 +97,7 @@ class SingleEngine:
 
     def layer_norms(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return norms(self.branches["student"])
+        return {name: full(norm) for name, norm in norms(self.branches["student"]).items()}
 
     def teacher_backbone(self) -> VisionTransformer:
         """See `Engine`."""
@@ -120,9 +123,8 @@ class SingleEngine:
 
     def full_state_dict(self, branch: Literal["student", "teacher"]) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {
-            key: value.detach().cpu().clone() for key, value in self.branches[branch].state_dict().items()
-        }
+        gathered = ((key, full(value)) for key, value in self.branches[branch].state_dict().items())
+        return {key: value.detach().cpu().clone() for key, value in gathered if is_main()}
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
@@ -133,7 +135,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     norm = nn.utils.get_total_norm(gradients)
     if limit:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
+    return full(norm)
 
 
 def _parameters_by_child(module: nn.Module) -> dict[str, list[nn.Parameter]]:

@@ -52,6 +52,15 @@ class SSLBranch(nn.Module):
             return None
         return MlpHead(self.backbone.embed_dim, head)
 
+    @property
+    def changes_heads(self) -> bool:
+        """Whether randomized heads take the place of trainable ones in the course of the run."""
+        return len(self.rmlp) > 0 and self.rmlp_start > 0
+
+    def fsdp_units(self) -> list[nn.Module]:
+        """What a sharding engine gathers one after another."""
+        return list(self.backbone.blocks)
+
     def begin_step(self, step: int) -> None:
         """Choose the heads of this step and draw their weights, before any forward."""
         self.step = step
@@ -67,8 +76,14 @@ class SSLBranch(nn.Module):
         assert self.dino_head is not None
         return self.dino_head
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """A `BranchOutput` as a flat dict of tensors, which every engine's hooks can walk."""
+    def forward(self, batch: Batch | Tensor) -> dict[str, Tensor]:
+        """A `BranchOutput` as a flat dict of tensors, which every engine's hooks can walk.
+
+        Images (B, C, S, S) in place of a batch: the backbone's `Features`, by name.
+        """
+        if isinstance(batch, Tensor):
+            features: Features = self.backbone([batch])[0]
+            return features._asdict()
         if self.role == "student":
             groups = self._student_features(batch)
         else:

@@ -44,7 +44,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, cfg: ModelConfig, backend: Backend = "sdpa") -> None:
         super().__init__()
         dim, depth, num_heads = vit_shape(cfg)
-        self.cfg = cfg
+        self.cfg, self.backend = cfg, backend
         self.embed_dim = dim
         self.patch_size = cfg.patch_size
         self.drop_path_rates = drop_path_rates(cfg)

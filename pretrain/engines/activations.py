@@ -1,0 +1,63 @@
+"""Activation checkpointing: what a block computed is dropped and computed again in the backward pass.
+
+Masks, subsets and randomized weights enter a block as tensors and nothing is drawn inside, so the second pass
+computes what the first one did. Names of parameters do not change.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+Mode = Literal["none", "selective", "full"]
+
+aten = torch.ops.aten
+KEPT = frozenset(  # dear to compute, and small beside what lies between them
+    {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module], mode: Mode) -> None:
+    """Let each block compute its activations again in the backward pass.
+
+    Args:
+        blocks: of the student.
+        mode: none; full: keep a block's input only; selective: also matrix products and attention.
+    """
+    if mode == "none":
+        return
+    for block in blocks:
+        block.forward = _recomputed(block.forward, _keep_products if mode == "selective" else noop_context_fn)
+
+
+def _recomputed(forward: Callable[..., Tensor], contexts: Callable[[], Any]) -> Callable[..., Tensor]:
+    def run(*inputs: Any) -> Tensor:
+        output: Tensor = checkpoint(
+            forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
+        return output
+
+    return run
+
+
+def _keep_products() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,113 @@
+"""A few training steps on noise under any engine, as one of the ranks of a process group or alone."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.batch import Batch
+from pretrain.config.schema import (
+    Config,
+    EngineConfig,
+    Fsdp2Config,
+    HeadConfig,
+    IbotHeadConfig,
+    LossConfig,
+    RmlpConfig,
+)
+from pretrain.data.collate import collate
+from pretrain.data.slots import SlotLayout
+from pretrain.data.synthetic import fill_with_noise
+from pretrain.distributed import all_sum, rank, world_size
+from pretrain.optim.schedules import Schedules
+from pretrain.run.profiling import PhaseTimer
+from pretrain.start import build_branches
+from pretrain.train import Run, build_engine, train_step
+from tests.small import small_config
+
+GROUP, BATCH, STEPS = 4, 16, 8
+MASKED = (0, 5, 17, None)  # patches that are masked in each group of a batch; None = as drawn
+CPU = torch.device("cpu")
+
+
+def curve_config(head: str = "mlp", **engine: Any) -> Config:
+    """Drop path 0.3, Sinkhorn with MLP heads and softmax with randomized ones, AdamW with everything on."""
+    base = small_config()
+    heads = {
+        "dino_head": base.dino_head,
+        "ibot_head": IbotHeadConfig(shared=False, prototypes=24, hidden_dim=16),
+    }
+    if head == "rmlp":
+        heads = {"dino_head": HeadConfig(kind="rmlp"), "ibot_head": IbotHeadConfig(kind="rmlp", shared=False)}
+    return replace(
+        base,
+        **heads,
+        run=replace(base.run, steps=20),
+        model=replace(base.model, drop_path_rate=0.3, num_register_tokens=2),
+        rmlp=RmlpConfig(outputs=48),
+        loss=LossConfig(centering="sinkhorn" if head == "mlp" else "softmax"),
+        data=replace(base.data, group_size=GROUP),
+        optim=replace(base.optim, global_batch_size=BATCH, lr=2e-3),
+        engine=EngineConfig(device="cpu", precision="fp32", **engine),
+    )
+
+
+def micro_batches(cfg: Config, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step: the global batch does not depend on the number of ranks."""
+    size = BATCH // (world_size() * cfg.engine.accumulation_steps)
+    first = rank() * cfg.engine.accumulation_steps
+    return [noise(cfg, step, (first + i) * size, size) for i in range(cfg.engine.accumulation_steps)]
+
+
+def noise(cfg: Config, step: int, start: int, size: int) -> Batch:
+    slot = SlotLayout(cfg, size).allocate()
+    for i in range(size // GROUP):
+        number = start // GROUP + i
+        group = slot.group(i)
+        fill_with_noise(cfg, group, step * BATCH + number * GROUP)
+        count = MASKED[(number + step) % len(MASKED)]
+        if count is not None:
+            group.masks[:] = False
+            group.masks[1, : min(count, 12)] = True
+            group.masks[2, : count - min(count, 12)] = True
+    return collate(slot, step * BATCH + start)
+
+
+def train(kind: str, head: str = "mlp", steps: int = STEPS, **engine: Any) -> dict[str, Any]:
+    """Losses and gradient norms by step, final weights, and what the teacher makes of a fixed batch."""
+    settings = dict(engine)
+    replicate = settings.pop("replicate", 1)
+    cfg = curve_config(head, kind=kind, fsdp2=Fsdp2Config(replicate=replicate), **settings)
+    size = BATCH // (world_size() * cfg.engine.accumulation_steps)
+    student, teacher, method = build_branches(cfg, CPU, size)
+    run_engine = build_engine(cfg, student, teacher, method, CPU)
+    run = Run(cfg, Path(), run_engine, method, None, Schedules(cfg), None, 0)  # type: ignore[arg-type]
+    losses, norms = [], []
+    for step in range(steps):
+        batches = micro_batches(cfg, step)
+        result, observation = train_step(run, step, run.schedules.at(step), batches, PhaseTimer(CPU))
+        parts = torch.stack([torch.stack(list(part.values())) for part in observation.losses]).mean(0)
+        losses.append((all_sum(parts) / world_size()).tolist())
+        norms.append({name: float(norm) for name, norm in result.grad_norms.items()})
+    seen = run_engine.teacher(noise(cfg, 99, 0, BATCH))
+    return {
+        "losses": losses,
+        "norms": norms,
+        "student": run_engine.full_state_dict("student"),
+        "teacher": run_engine.full_state_dict("teacher"),
+        "teacher_cls": seen.cls,
+        "features": run_engine.features(torch.ones(2, 3, 32, 32)).patches,
+        "centers": method.state_dict(),
+    }
+
+
+def several(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One start of the ranks for many runs."""
+    results = []
+    for case in cases:
+        results.append(train(**case))
+        if dist.is_initialized():
+            dist.barrier()
+    return results
