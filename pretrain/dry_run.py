@@ -27,7 +27,7 @@ from pretrain.run.ceiling import matrix_ceiling
 from pretrain.run.flops import flops_per_image
 from pretrain.run.footprint import Footprint, crop_bytes, footprint, peak_memory, used_memory
 from pretrain.run.profiling import PhaseTimer
-from pretrain.start import build_branches
+from pretrain.start import build_branches, fill_weights
 
 STEPS = 3  # of each size; the first is warm-up
 MAX_SECONDS = 30.0  # of a measured step
@@ -112,6 +112,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, device: torch.device, images: int) -> None:
         student, teacher, self.method = build_branches(cfg, device, images)
+        fill_weights(cfg, student, teacher)
         self.engine = SingleEngine(student, teacher, self.method, cfg.optim, cfg.engine, device)
         self.schedules = Schedules(cfg)
 

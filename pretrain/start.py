@@ -22,28 +22,46 @@ from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
 from pretrain.run.checkpoint import Checkpoints, load_checkpoint
 from pretrain.run.environment import config_hash, describe
+from pretrain.sharded import assign
 
 
 def build_branches(
-    cfg: Config, device: torch.device, micro_batch: int
+    cfg: Config, device: torch.device, micro_batch: int, on_meta: bool = False
 ) -> tuple[SSLBranch, SSLBranch, DinoV2]:
-    """Student, teacher (an exact copy) and method, with the weights of `model.init_from` or random ones.
+    """Student, teacher and method; their weights come from `fill_weights`.
+
+    Args:
+        cfg: of the run.
+        device: of the training.
+        micro_batch: images in one forward.
+        on_meta: take no memory for the weights: the engine does, for its part of them.
 
     Raises:
-        InputError: the export does not fit the model, or a randomized head does not fit the memory.
+        InputError: a randomized head does not fit the memory.
     """
     if uses_rmlp(cfg):
         rows = micro_batch * (2 + cfg.data.local_crops.number)
         check_memory(vit_shape(cfg.model).embed_dim, cfg.rmlp.outputs, rows, distributed.free_memory(device))
     backend = resolve_backend(cfg.model.attention, device, cfg.engine.precision == "bf16")
-    student, teacher = SSLBranch(cfg, "student", backend), SSLBranch(cfg, "teacher", backend)
-    init_weights(student, cfg.run.seed)
-    if cfg.model.init_from:
-        load_backbone(student.backbone, Path(cfg.model.init_from))
-    teacher.load_state_dict(student.state_dict())
+    with torch.device("meta" if on_meta else "cpu"):
+        student, teacher = SSLBranch(cfg, "student", backend), SSLBranch(cfg, "teacher", backend)
     match cfg.method.kind:
         case "dinov2":
             return student, teacher, DinoV2(cfg)
+
+
+def fill_weights(cfg: Config, student: SSLBranch, teacher: SSLBranch) -> None:
+    """Give the student the weights of `model.init_from` or random ones, and the teacher a copy.
+
+    Raises:
+        InputError: the export does not fit the model.
+    """
+    init_weights(student, cfg.run.seed)
+    if cfg.model.init_from:
+        load_backbone(student.backbone, Path(cfg.model.init_from))
+    with torch.no_grad():
+        for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+            mine.copy_(theirs)
 
 
 # What must agree besides the tensors' shapes: the same weights would compute another function.
@@ -73,7 +91,8 @@ def load_backbone(backbone: VisionTransformer, path: Path) -> None:
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise InputError(f"model.init_from: {path} holds another model: {'; '.join(faults[:3])}{more}")
-    backbone.load_state_dict(export.state)
+    for key, parameter in backbone.state_dict().items():
+        assign(parameter, export.state[key])
 
 
 def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, loader: TrainLoader) -> int:

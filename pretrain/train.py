@@ -30,7 +30,7 @@ from pretrain.run.checkpoint import Checkpoints
 from pretrain.run.lock import RunLock
 from pretrain.run.preemption import STOPPED, Preemption
 from pretrain.run.profiling import PhaseTimer, StepProfiler
-from pretrain.start import build_branches, load_start, record_run, run_facts
+from pretrain.start import build_branches, fill_weights, load_start, record_run, run_facts
 
 
 @dataclass
@@ -78,8 +78,9 @@ def build(cfg: Config) -> Run:
     rank, world_size = distributed.rank(), distributed.world_size()
     micro_batch = micro_batch_size(cfg, world_size)
     loader = TrainLoader(cfg, device, micro_batch, rank, world_size, Path(cfg.run.dir))
-    student, teacher, method = build_branches(cfg, device, micro_batch)
+    student, teacher, method = build_branches(cfg, device, micro_batch, on_meta=cfg.engine.kind == "fsdp2")
     engine = build_engine(cfg, student, teacher, method, device)
+    fill_weights(cfg, student, teacher)
     folder = Path(cfg.run.dir)
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.keep_every)
     step = load_start(cfg, engine, checkpoints, loader)

@@ -18,6 +18,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
         "projection",
         "seeding",
         "distributed",
+        "sharded",
         "errors",
         "command_line",
         "cluster",

@@ -17,6 +17,7 @@ from pretrain.errors import InputError
 from pretrain.method.branch import SSLBranch
 from pretrain.method.outputs import BranchOutput
 from pretrain.models.vit import Features, VisionTransformer
+from pretrain.sharded import local
 
 # The outputs of a branch are views of packed tokens, and nothing changes them in place.
 warnings.filterwarnings(
@@ -36,14 +37,15 @@ class Fsdp2Engine(SingleEngine):
         engine: EngineConfig,
         device: torch.device,
     ) -> None:
-        """As for `SingleEngine`; a process group must be running.
+        """As for `SingleEngine`; a process group must be running, and branches may be on the meta device.
 
         Raises:
             InputError: the number of ranks is not a multiple of `engine.fsdp2.replicate`.
         """
         mesh = build_mesh(device.type, engine.fsdp2.replicate)
         for branch in (student, teacher):
-            shard(branch.to(device), mesh, engine.precision)
+            shard(branch, mesh, engine.precision)
+            materialize(branch, device)
         super().__init__(student, teacher, method, optim, engine, device)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
@@ -107,6 +109,20 @@ def shard(branch: SSLBranch, mesh: DeviceMesh, precision: Literal["fp32", "bf16"
     fully_shard(branch, mesh=mesh)
     for unit, following in pairwise(units):
         _sharded(unit).set_modules_to_forward_prefetch([_sharded(following)])
+
+
+def materialize(branch: SSLBranch, device: torch.device) -> None:
+    """Give the shards of a branch on the meta device memory full of NaN: what is forgotten shows."""
+    if not any(parameter.is_meta for parameter in branch.parameters()):
+        branch.to(device)
+        return
+    buffers = {name: buffer.clone() for name, buffer in branch.named_buffers() if not buffer.is_meta}
+    branch.to_empty(device=device)
+    for parameter in branch.parameters():
+        local(parameter.detach()).fill_(torch.nan)
+    for name, buffer in branch.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
 
 
 def _sharded(module: nn.Module) -> FSDPModule:

@@ -13,13 +13,13 @@ from pretrain.engines.activations import checkpoint_activations
 from pretrain.engines.base import StepResult
 from pretrain.engines.guard import StepGuard
 from pretrain.engines.optimizer import build_adamw, optimizer_tensors, step_unless
-from pretrain.engines.shards import full, local
 from pretrain.method.branch import SSLBranch, branch_output
 from pretrain.method.outputs import BranchOutput
 from pretrain.method.signals import norms
 from pretrain.models.vit import Features, VisionTransformer
 from pretrain.optim.groups import set_step_values
 from pretrain.optim.schedules import StepValues
+from pretrain.sharded import full, local
 
 
 class SingleEngine:

@@ -34,8 +34,8 @@ class SSLBranch(nn.Module):
     def __init__(self, cfg: Config, role: Role, backend: Backend = "sdpa") -> None:
         super().__init__()
         self.role = role
-        self.register_buffer("mean", torch.tensor(cfg.data.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg.data.std), persistent=False)
+        for name, values in (("mean", cfg.data.mean), ("std", cfg.data.std)):  # never on the meta device
+            self.register_buffer(name, torch.tensor(values, device="cpu"), persistent=False)
         self.backbone = VisionTransformer(cfg.model, backend)
         self.dino_head = self._trainable_head(cfg, cfg.dino_head)
         self.ibot_head = None if cfg.ibot_head.shared else self._trainable_head(cfg, cfg.ibot_head)

@@ -6,20 +6,24 @@ sharding.
 
 import math
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.nn import init
 
 from pretrain.models.block import LayerScale
 from pretrain.seeding import torch_stream
+from pretrain.sharded import assign
 
 TOKENS_STD = 1e-6  # class token and registers start almost equal for all images
 
 
 def init_weights(module: nn.Module, seed: int) -> None:
-    """Fill every parameter of a branch (backbone and heads)."""
+    """Fill every parameter of a branch (backbone and heads), wherever it lies; one whole one at a time."""
     for path, owner in module.named_modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
-            _init_parameter(owner, leaf, parameter, torch_stream(seed, "init", f"{path}.{leaf}"))
+            whole = torch.empty(parameter.shape)
+            _init_parameter(owner, leaf, whole, torch_stream(seed, "init", f"{path}.{leaf}"))
+            assign(parameter, whole)
 
 
 def _init_parameter(owner: nn.Module, leaf: str, parameter: Tensor, generator: Generator) -> None:

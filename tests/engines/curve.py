@@ -23,7 +23,7 @@ from pretrain.data.synthetic import fill_with_noise
 from pretrain.distributed import all_sum, rank, world_size
 from pretrain.optim.schedules import Schedules
 from pretrain.run.profiling import PhaseTimer
-from pretrain.start import build_branches
+from pretrain.start import build_branches, fill_weights
 from pretrain.train import Run, build_engine, train_step
 from tests.small import small_config
 
@@ -33,20 +33,17 @@ CPU = torch.device("cpu")
 
 
 def curve_config(head: str = "mlp", **engine: Any) -> Config:
-    """Drop path 0.3, Sinkhorn with MLP heads and softmax with randomized ones, AdamW with everything on."""
+    """Drop path 0.3; MLP heads with Sinkhorn, or randomized ones (from step 4 on, with `change`)."""
     base = small_config()
-    heads = {
-        "dino_head": base.dino_head,
-        "ibot_head": IbotHeadConfig(shared=False, prototypes=24, hidden_dim=16),
-    }
-    if head == "rmlp":
-        heads = {"dino_head": HeadConfig(kind="rmlp"), "ibot_head": IbotHeadConfig(kind="rmlp", shared=False)}
+    small = {"prototypes": 24, "hidden_dim": 16, "bottleneck_dim": 8}
+    kind: Any = "mlp" if head == "mlp" else "rmlp"
     return replace(
         base,
-        **heads,
+        dino_head=HeadConfig(kind=kind, **small),
+        ibot_head=IbotHeadConfig(kind=kind, shared=False, **small),
         run=replace(base.run, steps=20),
         model=replace(base.model, drop_path_rate=0.3, num_register_tokens=2),
-        rmlp=RmlpConfig(outputs=48),
+        rmlp=RmlpConfig(outputs=48, start_step=4 if head == "change" else 0),
         loss=LossConfig(centering="sinkhorn" if head == "mlp" else "softmax"),
         data=replace(base.data, group_size=GROUP),
         optim=replace(base.optim, global_batch_size=BATCH, lr=2e-3),
@@ -81,8 +78,9 @@ def train(kind: str, head: str = "mlp", steps: int = STEPS, **engine: Any) -> di
     replicate = settings.pop("replicate", 1)
     cfg = curve_config(head, kind=kind, fsdp2=Fsdp2Config(replicate=replicate), **settings)
     size = BATCH // (world_size() * cfg.engine.accumulation_steps)
-    student, teacher, method = build_branches(cfg, CPU, size)
+    student, teacher, method = build_branches(cfg, CPU, size, on_meta=kind == "fsdp2")
     run_engine = build_engine(cfg, student, teacher, method, CPU)
+    fill_weights(cfg, student, teacher)
     run = Run(cfg, Path(), run_engine, method, None, Schedules(cfg), None, 0)  # type: ignore[arg-type]
     losses, norms = [], []
     for step in range(steps):
