@@ -244,6 +244,7 @@ class EngineConfig:
         "none"  # of the student's blocks, computed
     )
     # again in the backward pass: selective = all but matrix products and attention, full = all
+    compile: bool = False  # torch.compile of each block; the first steps take minutes
     fsdp2: Fsdp2Config = field(default_factory=Fsdp2Config)
 
 

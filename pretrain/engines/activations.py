@@ -9,12 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Mode = Literal["none", "selective", "full"]
 
@@ -41,14 +36,16 @@ def checkpoint_activations(blocks: Iterable[nn.Module], mode: Mode) -> None:
     """
     if mode == "none":
         return
+    # torch.compile follows `context_fn` only where it says something
+    contexts: dict[str, Any] = {"context_fn": _keep_products} if mode == "selective" else {}
     for block in blocks:
-        block.forward = _recomputed(block.forward, _keep_products if mode == "selective" else noop_context_fn)
+        block.forward = _recomputed(block.forward, contexts)
 
 
-def _recomputed(forward: Callable[..., Tensor], contexts: Callable[[], Any]) -> Callable[..., Tensor]:
+def _recomputed(forward: Callable[..., Tensor], contexts: dict[str, Any]) -> Callable[..., Tensor]:
     def run(*inputs: Any) -> Tensor:
         output: Tensor = checkpoint(
-            forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            forward, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts
         )
         return output
 

@@ -39,6 +39,9 @@ class SingleEngine:
         self.method = method.to(device)
         teacher.requires_grad_(False).eval()
         checkpoint_activations(student.backbone.blocks, engine.activation_checkpointing)
+        for branch in self.branches.values() if engine.compile else ():
+            for block in branch.backbone.blocks:
+                block.compile()  # in place: names of parameters stay
         self.clip_grad_norm = optim.clip_grad_norm
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=engine.precision == "bf16")
         self.optimizer = build_adamw(student, optim)

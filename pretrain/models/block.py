@@ -4,10 +4,20 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pretrain.models.attention import Attention, Backend
 from pretrain.models.ffn import build_ffn
 from pretrain.models.packing import Layout, Subset
+
+
+class LayerNorm(nn.LayerNorm):
+    """In the dtype of its input, fp32, also where its weights were gathered in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class LayerScale(nn.Module):
@@ -36,10 +46,10 @@ class Block(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, backend)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim, eps=1e-6)
         self.mlp = build_ffn(ffn_layer, dim, ffn_hidden_dim)  # type: ignore[arg-type]
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 

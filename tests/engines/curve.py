@@ -47,7 +47,7 @@ def curve_config(head: str = "mlp", **engine: Any) -> Config:
         loss=LossConfig(centering="sinkhorn" if head == "mlp" else "softmax"),
         data=replace(base.data, group_size=GROUP),
         optim=replace(base.optim, global_batch_size=BATCH, lr=2e-3),
-        engine=EngineConfig(device="cpu", precision="fp32", **engine),
+        engine=EngineConfig(**{"device": "cpu", "precision": "fp32", **engine}),
     )
 
 
@@ -98,6 +98,9 @@ def train(kind: str, head: str = "mlp", steps: int = STEPS, **engine: Any) -> di
         "teacher_cls": seen.cls,
         "features": run_engine.features(torch.ones(2, 3, 32, 32)).patches,
         "centers": method.state_dict(),
+        "dtypes": sorted(
+            {str(value.dtype) for named in run_engine.state_dict().values() for value in named.values()}
+        ),
     }
 
 

@@ -22,6 +22,7 @@ TWO: list[Case] = [
     {"kind": "ddp", "head": "mlp", "activation_checkpointing": "selective"},
     {"kind": "fsdp2", "head": "mlp", "activation_checkpointing": "full"},
 ]
+HALF: list[Case] = [{"kind": kind, "head": "mlp", "precision": "bf16"} for kind in ("ddp", "fsdp2")]
 FOUR: list[Case] = [{"kind": "fsdp2", "head": head, "replicate": 2} for head in ("mlp", "rmlp")]
 
 
@@ -35,7 +36,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 saw, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
-    for ranks, cases in ((2, TWO), (4, FOUR)):
+    for ranks, cases in ((2, [*TWO, *HALF]), (4, FOUR)):
         results = on_ranks(ranks, folder / str(ranks), several, cases)[0]
         found |= {str(case): result for case, result in zip(cases, results, strict=True)}
     return found
@@ -67,6 +68,31 @@ def test_accumulation_and_checkpointing_on_one_device(single: dict[str, Any], he
 @pytest.mark.parametrize("case", [*TWO, *FOUR], ids=lambda case: "-".join(map(str, case.values())))
 def test_several_ranks(single: dict[str, Any], spread: dict[str, Any], case: Case) -> None:
     assert_same(spread[str(case)], single[case["head"]])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", HALF, ids=lambda case: case["kind"])
+def test_half_precision_is_the_same_contract(
+    single: dict[str, Any], spread: dict[str, Any], case: Case
+) -> None:
+    found, alone = spread[str(case)], train("single", precision="bf16")
+    assert found["dtypes"] == alone["dtypes"] == ["torch.float32"]  # weights, moments, centres
+    for mine, reference, exact in zip(found["losses"], alone["losses"], single["mlp"]["losses"], strict=True):
+        assert mine == pytest.approx(reference, rel=0.02)
+        assert mine == pytest.approx(exact, rel=0.1)
+    assert found["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-4)
+    assert found["losses"][0] != pytest.approx(
+        single["mlp"]["losses"][0], rel=1e-5
+    )  # it is another precision
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_compiled_blocks(single: dict[str, Any], mode: str) -> None:
+    found = train("single", steps=2, compile=True, activation_checkpointing=mode)
+    for mine, reference in zip(found["losses"], single["mlp"]["losses"], strict=False):
+        assert mine == pytest.approx(reference, rel=1e-5)
 
 
 def test_the_loss_falls(single: dict[str, Any]) -> None:
