@@ -120,7 +120,8 @@ class Report:
         knn, data = self.cfg.log.knn, self.cfg.data
         patterns = knn.train if split == "train" else knn.test
         name = f"log.knn.{split}"
-        return labelled_batches(patterns, name, knn.resize, knn.crop, data.mean, data.std, knn.batch_size)
+        sizes, scaling = (knn.resize, knn.crop), (data.mean, data.std)
+        return labelled_batches(patterns, name, *sizes, *scaling, knn.batch_size, data.channels, data.decode)
 
     def draw(self, step: int) -> None:
         """A sheet of the images of `log.images`: each with its patch tokens as colours and its attention."""
@@ -128,7 +129,8 @@ class Report:
         if not cfg.shards:
             return
         size = data.global_crops.size
-        images = first_images(cfg.shards, "log.images.shards", cfg.number, size, size, data.mean, data.std)
+        place, scaling = (cfg.shards, "log.images.shards"), (data.mean, data.std)
+        images = first_images(*place, cfg.number, size, size, *scaling, data.channels, data.decode)
         tokens = self.engine.features(images).patches.float().cpu()
         attention = cls_attention(self.engine.teacher_backbone(), images.to(self.engine.device)).cpu()
         colours = self._pca(tokens).project(tokens)

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.data.decode import decode
-from pretrain.data.labelled import centre_crop, resize_shorter
+from pretrain.config.schema import DecodeConfig
+from pretrain.data.decode import DEFAULT
+from pretrain.data.labelled import prepare
 from pretrain.data.order import Order
 from pretrain.data.reader import Reader
 from pretrain.data.shards import list_shards
@@ -22,6 +23,8 @@ def first_images(
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
+    channels: int = 3,
+    decoding: DecodeConfig = DEFAULT,
 ) -> Tensor:
     """The first images of shards with or without labels, fewer than `count` where the shards hold fewer.
 
@@ -33,9 +36,11 @@ def first_images(
         crop: pixels of the square cut from the centre.
         mean: per channel, of pixel / 255.
         std: likewise.
+        channels: C of the pixels.
+        decoding: section `data.decode`; `scale` is not used.
 
     Returns:
-        (n, 3, crop, crop) float32 normalised.
+        (n, C, crop, crop) float32 normalised.
 
     Raises:
         InputError: a shard cannot be used, or an image is damaged.
@@ -47,13 +52,7 @@ def first_images(
     for position in range(min(count, len(order))):
         sample = order.at(position)
         item = reader.read(sample.shard, sample.index)
-        try:
-            pixels = centre_crop(resize_shorter(decode(item.image), resize), crop)
-        except ValueError as error:
-            raise InputError(
-                f"{key_name}: sample {item.key}: {error}; re-pack the shard without it"
-            ) from error
-        images.append(pixels)
+        images.append(prepare(item, key_name, resize, crop, channels, decoding))
     if not images:
         raise InputError(f"{key_name}: the shards hold no sample")
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

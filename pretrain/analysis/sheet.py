@@ -22,7 +22,7 @@ def picture(
     """A contact sheet, a row per image: image, PCA of the patch tokens, attention (mean, then per head).
 
     Args:
-        images: (n, 3, S, S) normalised.
+        images: (n, C, S, S) normalised; the mean of the channels is shown unless they are RGB.
         mean: per channel, of pixel / 255, that they were normalised with.
         std: likewise.
         pca: (n, 3, h, w) from 0 to 1.
@@ -34,7 +34,10 @@ def picture(
     shift, scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     maps = torch.cat([attention.mean(1, keepdim=True), attention[:, :HEADS]], dim=1).float().cpu()
     titles = ["image", "patch PCA", "attention", *(f"head {i + 1}" for i in range(maps.shape[1] - 1))]
-    columns = [images.float().cpu() * scale + shift, pca.float().cpu(), *heat(maps).unbind(1)]
+    shown = images.float().cpu() * scale + shift
+    if shown.shape[1] != 3:
+        shown = shown.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    columns = [shown, pca.float().cpu(), *heat(maps).unbind(1)]
     return table(columns, titles)
 
 

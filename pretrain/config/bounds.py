@@ -24,12 +24,14 @@ BOUNDS = (
         run.steps model.embed_dim model.depth model.num_heads model.patch_size model.img_size
         model.in_channels optim.max_bad_steps dino_head.hidden_dim dino_head.bottleneck_dim
         dino_head.num_layers ibot_head.hidden_dim ibot_head.bottleneck_dim ibot_head.num_layers
-        loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.global_crops.size
-        data.local_crops.size data.local_crops.number mask.min_patches optim.global_batch_size
-        engine.accumulation_steps checkpoint.every checkpoint.keep checkpoint.export_every log.every log.knn.k
-        log.knn.resize log.knn.crop log.knn.batch_size log.images.number
+        loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.decode.max_pixels
+        data.global_crops.size data.local_crops.size data.local_crops.number mask.min_patches
+        optim.global_batch_size engine.accumulation_steps checkpoint.every checkpoint.keep
+        checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop log.knn.batch_size
+        log.images.number
         """,
     ),
+    Bound("between 1 and 128", lambda value: 1 <= value <= 128, "data.channels"),  # 128: OpenCV's limit
     Bound("at least 2", lambda value: value >= 2, "dino_head.prototypes ibot_head.prototypes rmlp.outputs"),
     Bound(
         "0 or more",

@@ -31,7 +31,8 @@ def check(cfg: Config) -> None:
     check_bounds(cfg)
     _check_model(cfg.model)
     _check_sizes(cfg)
-    _check_data(cfg.data, cfg.model.in_channels)
+    _check_data(cfg.data)
+    _check_channels(cfg.data, cfg.model.in_channels)
     _check_loss(cfg.loss, cfg.data.group_size)
     if cfg.loss.ibot_weight > 0:
         _check_mask(cfg)
@@ -69,7 +70,6 @@ def _check_model(model: ModelConfig) -> None:
             _require(value is None, f"model.{name}", fault)
     width, _, heads = vit_shape(model)
     _require(width % heads == 0, "model.num_heads", f"{heads} heads do not divide width {width}; change one")
-    _require(model.in_channels == 3, "model.in_channels", "must be 3; images are decoded to RGB")
 
 
 def _check_sizes(cfg: Config) -> None:
@@ -88,11 +88,25 @@ def _check_sizes(cfg: Config) -> None:
         _require(size % patch == 0, key, fault)
 
 
-def _check_data(data: DataConfig, channels: int) -> None:
+def _check_data(data: DataConfig) -> None:
     _check_sources(data)
+    window = data.decode.window
+    ordered = window is None or (len(window) == 2 and window[0] < window[1])
+    _require(ordered, "data.decode.window", f"{window} must be [low, high] with low below high, or null")
+
+
+def _check_channels(data: DataConfig, in_channels: int) -> None:
+    fault = f"{in_channels} is not data.channels={data.channels}; set both to what the images have"
+    _require(in_channels == data.channels, "model.in_channels", fault)
     for key, values in {"data.mean": data.mean, "data.std": data.std}.items():
-        _require(len(values) == channels, key, f"needs {channels} values, one a channel, got {values}")
+        fault = f"needs {data.channels} values, one a channel, got {values}"
+        _require(len(values) == data.channels, key, fault)
     _require(min(data.std) > 0, "data.std", f"must be above 0, got {data.std}")
+    augment = data.augment
+    colourless = augment.saturation == augment.hue == augment.grayscale_probability == 0
+    names = "data.augment.saturation=0 data.augment.hue=0 data.augment.grayscale_probability=0"
+    fault = f"only RGB images have colours; with data.channels={data.channels} set {names}"
+    _require(data.channels == 3 or colourless, "data.augment.saturation", fault)
 
 
 def _check_sources(data: DataConfig) -> None:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -158,7 +159,10 @@ def _fit_value(value: Any, kind: Any, key: str) -> Any:
             known = ", ".join(get_type_hints(kind))
             raise ValueError(f"{key}: is a section with the keys {known}; got {value!r}")
         return _fit(value, cast(type, kind), f"{key}.")
-    if get_origin(kind) is list:
+    options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    if value is None and NoneType in options:
+        return None
+    if any(get_origin(option) is list for option in options):
         return _fit_list(value, key)
     if isinstance(value, Mapping | list):
         raise ValueError(f"{key}: needs one value, got {value!r}")

@@ -31,7 +31,7 @@ class ModelConfig:
     num_heads: int | None = None  # only with arch=custom
     patch_size: int = 16  # pixels
     img_size: int = 224  # pixels; sets the learned position grid (img_size / patch_size squared)
-    in_channels: int = 3  # RGB; other numbers are refused
+    in_channels: int = 3  # of the images, as data.channels
     num_register_tokens: int = 0  # 4 in the released "reg" models
     ffn_layer: Literal["mlp", "swiglu"] = "mlp"  # swiglu = DINOv2's swiglufused
     ffn_ratio: float = 4.0  # hidden width / D, before SwiGLU's 2/3
@@ -148,6 +148,18 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """How an image file becomes pixels."""
+
+    exif_rotation: bool = True  # turn and mirror as a viewer does; false = as stored (DINOv2)
+    window: list[float] | None = None  # [low, high]: levels of more than 8 bits that become 0 and 255;
+    # null = the full range of 16 bits, and 32 bits are refused
+    max_pixels: int = 200_000_000  # width x height; larger images are refused before memory is taken
+    scale: Literal["exact", "fast"] = "exact"  # fast: a JPEG is decoded at 1/2, 1/4 or 1/8 where that is
+    # still as large as every crop; the same boxes, pixels about two grey levels apart
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, in which order, and what is cut from each image."""
 
@@ -160,6 +172,10 @@ class DataConfig:
     prefetch: int = 2  # groups in flight per worker
     worker_timeout: float = 900.0  # seconds without a group before a worker counts as stuck and is restarted
     max_corrupt: float = 0.01  # share of samples that may be corrupt, and are replaced; more end the run
+    channels: int = 3  # 1: grey, 3: RGB, others: exactly as many as the images have
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    augment_on: Literal["cpu", "device"] = "cpu"  # device: workers decode, cut and resize; flip, colours and
+    # blur run on the training device, with pixels a fraction of a grey level apart
     global_crops: CropConfig = field(default_factory=CropConfig)  # two per image; the teacher sees these
     local_crops: LocalCropConfig = field(default_factory=LocalCropConfig)  # only the student sees these
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -1,7 +1,7 @@
 """DINOv2's multi-crop augmentation: one image in, two global and some local crops out.
 
-All draws of an image come first (`draws.py`), then the pixels: box, resize, flip, colour jitter, grayscale,
-blur, solarize.
+All draws of an image come first (`drawn.py`), then the pixels: box, resize, flip, colour jitter, grayscale,
+blur, solarize. What follows the resizing can also run on the device, for a whole batch (`device_augment.py`).
 """
 
 import cv2
@@ -9,36 +9,43 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pretrain.config.schema import DataConfig
 from pretrain.data import colour
-from pretrain.data.decode import Pixels
-from pretrain.data.draws import Adjustment, CropDraw, draw_crops
+from pretrain.data.draw_params import Rows, encode_draws
+from pretrain.data.draws import Adjustment, Box, CropDraw, Draws
+from pretrain.data.pixels import Pixels
 
 
-def augment(
-    image: Pixels, cfg: DataConfig, rng: np.random.Generator, global_out: Pixels, local_out: Pixels
-) -> None:
+def augment(image: Pixels, draws: Draws, global_out: Pixels, local_out: Pixels) -> None:
     """Cut and change the crops of one image.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
-        cfg: sizes, scales, probabilities.
-        rng: all randomness comes from here.
-        global_out: (2, 3, S, S) uint8, filled with the global crops.
-        local_out: (L, 3, s, s) uint8, filled with the local crops.
+        image: (H, W, C) uint8.
+        draws: of its crops, from `decode_and_draw`.
+        global_out: (2, C, S, S) uint8, filled with the global crops.
+        local_out: (L, C, s, s) uint8, filled with the local crops.
     """
-    global_draws, local_draws = draw_crops(rng, image.shape[0], image.shape[1], cfg)
-    for draws, out in ((global_draws, global_out), (local_draws, local_out)):
-        for draw, planes in zip(draws, out, strict=True):
+    for kind, out in zip(draws, (global_out, local_out), strict=True):
+        for draw, planes in zip(kind, out, strict=True):
             _to_planes(apply(image, draw, planes.shape[-1]), planes)
 
 
+def cut(image: Pixels, draws: Draws, global_out: Pixels, local_out: Pixels) -> tuple[Rows, Rows]:
+    """The first half of `augment`: boxes and resizing; `augment_on_device` does the rest.
+
+    Returns:
+        (2, P) and (L, P) float32, the rest of the draws of the global and of the local crops.
+    """
+    for kind, out in zip(draws, (global_out, local_out), strict=True):
+        for draw, planes in zip(kind, out, strict=True):
+            _to_planes(_resized(image, draw.box, planes.shape[-1]), planes)
+    return encode_draws(draws[0]), encode_draws(draws[1])
+
+
 def apply(image: Pixels, draw: CropDraw, size: int) -> Pixels:
-    """One crop, (size, size, 3) uint8, of an (H, W, 3) image."""
-    box = draw.box
-    crop = resize(image[box.top : box.top + box.height, box.left : box.left + box.width], size)
+    """One crop, (size, size, C) uint8, of an (H, W, C) image."""
+    crop = _resized(image, draw.box, size)
     if draw.flip:
-        crop = np.asarray(cv2.flip(crop, 1), np.uint8)
+        crop = np.asarray(cv2.flip(crop, 1), np.uint8).reshape(crop.shape)
     for name, amount in draw.jitter:
         crop = _adjust(crop, name, amount)
     if draw.grayscale:
@@ -48,8 +55,12 @@ def apply(image: Pixels, draw: CropDraw, size: int) -> Pixels:
     return colour.solarize(crop) if draw.solarize else crop
 
 
+def _resized(image: Pixels, box: Box, size: int) -> Pixels:
+    return resize(image[box.top : box.top + box.height, box.left : box.left + box.width], size)
+
+
 def resize(image: Pixels, size: int) -> Pixels:
-    """(h, w, 3) to (size, size, 3), bicubic with antialiasing, as Pillow resizes a crop."""
+    """(h, w, C) to (size, size, C), bicubic with antialiasing, as Pillow resizes a crop."""
     if image.shape[:2] == (size, size):
         return np.ascontiguousarray(image)
     height, width, channels = image.shape
@@ -72,6 +83,6 @@ def _adjust(crop: Pixels, name: Adjustment, amount: float) -> Pixels:
 
 
 def _to_planes(crop: Pixels, planes: Pixels) -> None:
-    """(S, S, 3) to (3, S, S); OpenCV is several times as fast at this as a strided copy."""
-    for channel in range(3):
+    """(S, S, C) to (C, S, S); OpenCV is several times as fast at this as a strided copy."""
+    for channel in range(len(planes)):
         cv2.extractChannel(crop, channel, planes[channel])

@@ -1,5 +1,6 @@
-"""Pixel operations of the augmentation on uint8 RGB: (H, W, 3) in, a new (H, W, 3) out.
+"""Pixel operations of the augmentation on uint8: (H, W, C) in, a new (H, W, C) out.
 
+Brightness, contrast, blur and solarize take any number of channels, the others RGB.
 They give what Pillow gives with the same parameters, to a fraction of a grey level. Pillow's blends truncate
 to whole levels; rounding instead would make images half a level brighter with each operation.
 """
@@ -7,7 +8,7 @@ to whole levels; rounding instead would make images half a level brighter with e
 import cv2
 import numpy as np
 
-from pretrain.data.decode import Pixels
+from pretrain.data.pixels import Pixels
 
 LEVELS = np.arange(256, dtype=np.float32)
 BLUR_KERNEL = 9  # pixels; DINOv2's
@@ -22,8 +23,9 @@ def adjust_brightness(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
-    """Blend with the image's mean grey level."""
-    level = int(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0] + 0.5)
+    """Blend with the image's mean level: of its luma, or over all channels where they are no colours."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) if image.shape[2] == 3 else image
+    level = int(cv2.mean(gray.reshape(len(gray), -1))[0] + 0.5)
     return _blend_with_level(image, level, factor)
 
 
@@ -56,14 +58,16 @@ def to_gray(image: Pixels) -> Pixels:
 def blur(image: Pixels, sigma: float) -> Pixels:
     """Gaussian blur, `sigma` in pixels, mirrored at the edge pixel."""
     kernel = (BLUR_KERNEL, BLUR_KERNEL)
-    return np.asarray(cv2.GaussianBlur(image, kernel, sigma, borderType=cv2.BORDER_REFLECT_101), np.uint8)
+    blurred = cv2.GaussianBlur(image, kernel, sigma, borderType=cv2.BORDER_REFLECT_101)
+    return np.asarray(blurred, np.uint8).reshape(image.shape)  # OpenCV drops a single channel's axis
 
 
 def solarize(image: Pixels) -> Pixels:
     """Invert the levels from 128 up."""
-    return np.asarray(cv2.LUT(image, SOLARIZE_TABLE), np.uint8)
+    return np.asarray(cv2.LUT(image, SOLARIZE_TABLE), np.uint8).reshape(image.shape)
 
 
 def _blend_with_level(image: Pixels, level: int, factor: float) -> Pixels:
     table = level + np.float32(factor) * (LEVELS - level)
-    return np.asarray(cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8)), np.uint8)
+    levels = cv2.LUT(image, np.clip(table, 0, 255).astype(np.uint8))
+    return np.asarray(levels, np.uint8).reshape(image.shape)

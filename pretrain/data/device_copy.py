@@ -6,13 +6,15 @@ where they lie, copied on a stream of their own, and free as soon as the copy is
 
 import warnings
 from collections import deque
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pretrain.batch import Batch
-from pretrain.data.slots import LocalSlots, SharedSlots
+from pretrain.data.device_augment import augment_on_device
+from pretrain.data.slots import LocalSlots, SharedSlots, SlotArrays
 
 
 class _Copy(NamedTuple):
@@ -38,13 +40,13 @@ class DeviceCopier:
             if isinstance(slots, SharedSlots):
                 self._locked = _page_lock(slots)
 
-    def send(self, batch: Batch, slot: int) -> Batch:
-        """Start bringing a batch to the device."""
+    def send(self, batch: Batch, slot: int, arrays: SlotArrays) -> Batch:
+        """Start bringing a batch to the device and, where the device augments, finish its crops there."""
         if not self.overlaps:
             self._in_use.append(slot)
-            return batch
+            return _augmented(batch, arrays)
         with torch.cuda.stream(self._stream):
-            there = batch.to(self.device, non_blocking=True)
+            there = _augmented(batch.to(self.device, non_blocking=True), arrays)
             finished = torch.cuda.Event()
             finished.record(self._stream)
         self._copies.append(_Copy(slot, finished, batch))
@@ -74,6 +76,18 @@ class DeviceCopier:
             copy.finished.synchronize()
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self._locked)
+
+
+def _augmented(batch: Batch, arrays: SlotArrays) -> Batch:
+    """The batch with what is left to do to its crops done, where it is."""
+    if arrays.global_params is None or arrays.local_params is None:
+        return batch
+    width = arrays.global_params.shape[-1]
+    return replace(
+        batch,
+        global_crops=augment_on_device(batch.global_crops, arrays.global_params.reshape(-1, width)),
+        local_crops=augment_on_device(batch.local_crops, arrays.local_params.reshape(-1, width)),
+    )
 
 
 def _page_lock(slots: SharedSlots) -> int:

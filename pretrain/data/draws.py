@@ -50,9 +50,10 @@ class CropDraw:
     solarize: bool
 
 
-def draw_crops(
-    rng: np.random.Generator, height: int, width: int, cfg: DataConfig
-) -> tuple[list[CropDraw], list[CropDraw]]:
+Draws = tuple[list[CropDraw], list[CropDraw]]  # of the global and of the local crops of an image
+
+
+def draw_crops(rng: np.random.Generator, height: int, width: int, cfg: DataConfig) -> Draws:
     """The two global and the local crops of one image of height x width pixels."""
     uniforms = rng.random((2 + cfg.local_crops.number, UNIFORMS)).tolist()
     kinds: list[CropKind] = ["global_1", "global_2", *["local"] * cfg.local_crops.number]  # type: ignore[list-item]

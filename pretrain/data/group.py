@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 from pretrain.config.derived import drop_path_rates
 from pretrain.config.schema import Config
-from pretrain.data.augment import augment
-from pretrain.data.decode import Pixels, decode
+from pretrain.data.augment import augment, cut
+from pretrain.data.drawn import decode_and_draw
+from pretrain.data.draws import Draws
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
 from pretrain.data.mixture import Mixture
 from pretrain.data.order import Order
+from pretrain.data.pixels import Pixels
 from pretrain.data.reader import MAX_OPEN, CorruptSample, Reader
 from pretrain.data.shards import list_shards
 from pretrain.data.slots import GroupArrays
@@ -85,37 +87,37 @@ class GroupMaker:
         """
         report = GroupReport()
         for i in range(self.cfg.data.group_size):
-            self.make_image(first + i, out.global_crops[:, i], out.local_crops[:, i], report)
+            self.make_image(first + i, out, i, report)
         self._draw(first, out)
         return report
 
-    def make_image(self, position: int, global_out: Pixels, local_out: Pixels, report: GroupReport) -> None:
-        """Cut the crops of the image at a position into (2, C, S, S) and (L, C, s, s) uint8 arrays.
+    def make_image(self, position: int, out: GroupArrays, number: int, report: GroupReport) -> None:
+        """Cut the crops of the image at a position, as an image of the group.
 
         A corrupt sample is replaced by the next good one of its source, cut as this position's draws say.
         """
-        epoch = self.order.at(position).epoch
         for skip in range(MAX_REPLACEMENTS):
-            rng = numpy_stream(self.cfg.run.seed, "augment", epoch, position)
             try:
-                image = self._read(position, skip, report)
+                image, draws = self._read(position, skip, report)
             except CorruptSample as error:
                 report.corrupt.append(error)
                 continue
             with report.stage("augment"):
-                augment(image, self.cfg.data, rng, global_out, local_out)
+                _cut(image, draws, out, number)
             report.images += 1
             return
         last = report.corrupt[-1]
         raise InputError(f"{last}; {MAX_REPLACEMENTS} samples in a row are corrupt; repair the data")
 
-    def _read(self, position: int, skip: int, report: GroupReport) -> Pixels:
+    def _read(self, position: int, skip: int, report: GroupReport) -> tuple[Pixels, Draws]:
         with report.stage("read"):
             place = self.order.at(position, skip)
             item = self.reader.read(place.shard, place.index)
         with report.stage("decode"):
+            epoch = self.order.at(position).epoch
+            rng = numpy_stream(self.cfg.run.seed, "augment", epoch, position)
             try:
-                return decode(item.image)
+                return decode_and_draw(item.image, self.cfg.data, rng)
             except ValueError as error:
                 raise CorruptSample(item.shard, item.key, str(error)) from error
 
@@ -133,6 +135,15 @@ class GroupMaker:
             drawn = drop_subsets(rates, count, numpy_stream(seed, "drop_path", *place, kind))
             if rows is not None and drawn is not None:
                 rows[:] = drawn
+
+
+def _cut(image: Pixels, draws: Draws, out: GroupArrays, number: int) -> None:
+    """Crops of an image, finished or, where the device augments, with what is left to do."""
+    crops = out.global_crops[:, number], out.local_crops[:, number]
+    if out.global_params is None or out.local_params is None:
+        augment(image, draws, *crops)
+    else:
+        out.global_params[:, number], out.local_params[:, number] = cut(image, draws, *crops)
 
 
 def _sources(cfg: Config) -> list[tuple[str, list[str], float]]:

@@ -5,23 +5,24 @@ sample that cannot be used (no image, no bytes, not an image) is kept in the ind
 wrong, and training counts and replaces it.
 """
 
-import io
 import os
 import re
+import signal
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
+from pretrain.data.formats import stored_size
 from pretrain.data.index import (
     HEADER,
     MAGIC,
@@ -33,12 +34,13 @@ from pretrain.data.index import (
     layout_checksum,
     record_type,
 )
+from pretrain.data.members import IMAGE_EXTENSIONS, key_and_extension
 from pretrain.data.tar import Member, scan
 from pretrain.errors import InputError
 
-MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, extension
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm"})
-THREADS = 8  # reading and checksums release the interpreter lock
+THREADS = 8  # that look at files
+MAX_PROCESSES = 16  # more would only wait for the disk
+FEWEST_SHARDS = 4  # for each process: starting one takes longer than indexing a few
 
 
 @dataclass
@@ -64,18 +66,50 @@ def ensure_indexes(shards: Sequence[Path], start: int = 0) -> list[int]:
     """
     with ThreadPoolExecutor(THREADS) as pool:
         counts = list(pool.map(indexed_samples, shards))
-        missing = [i for i, count in enumerate(counts) if count is None]
-        missing = missing[start % len(missing) :] + missing[: start % len(missing)] if missing else []
-        built = pool.map(ensure_index, [shards[i] for i in missing])
+    missing = [i for i, count in enumerate(counts) if count is None]
+    if missing:
+        start %= len(missing)
+        missing = missing[start:] + missing[:start]
+        built = in_processes(ensure_index, [shards[i] for i in missing])
         for i, count in zip(missing, _with_progress(built, [shards[i] for i in missing]), strict=True):
             counts[i] = count
     return [count for count in counts if count is not None]
 
 
+def build_indexes(shards: Sequence[Path]) -> Iterator[int]:
+    """Build the index of each shard anew; the number of its samples, in the order of the shards.
+
+    Raises:
+        InputError: a shard is damaged, or its folder is not writable.
+    """
+    return in_processes(build_index, shards)
+
+
+def in_processes(build: Callable[[Path], int], shards: Sequence[Path]) -> Iterator[int]:
+    """The results for the shards in their order, from several processes where there are many shards."""
+    processes = min(len(shards) // FEWEST_SHARDS, available_cores(), MAX_PROCESSES)
+    if processes < 2:
+        yield from map(build, shards)
+        return
+    pool = ProcessPoolExecutor(processes, get_context("forkserver"), _ignore_interrupts)
+    try:
+        yield from pool.map(build, shards)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Cores that this process may use; batch systems and containers give fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is for the process that waits for the results."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _with_progress(built: Iterable[int], shards: Sequence[Path]) -> Iterable[int]:
     """Indexing reads whole shards, which can take a while before the first step."""
-    if not shards:
-        return built
     count = f"{len(shards)} shards, from {shards[0]} on" if len(shards) > 1 else f"{shards[0]}"
     print(f"building the index of {count} (once)", file=sys.stderr, flush=True)
     console = Console(stderr=True)
@@ -117,12 +151,10 @@ def _group(members: Iterable[Member], descriptor: int, shard: Path) -> dict[str,
     """Members by key, in the order in which keys first appear; samples may be interleaved."""
     groups: dict[str, _Members] = {}
     for member in members:
-        match = MEMBER_NAME.fullmatch(member.name)
-        if match is None or re.fullmatch(
-            r"__[^/]*__", member.name
-        ):  # no key, or webdataset's shard-wide notes
+        name = key_and_extension(member.name)
+        if name is None:
             continue
-        key, extension = match[1], match[2].lower()
+        key, extension = name
         sample = groups.setdefault(key, _Members())
         if extension in sample.seen:
             raise InputError(
@@ -180,13 +212,7 @@ def image_size(content: bytes) -> tuple[int, int]:
             pass  # Pillow accepts more
         else:
             return width, height
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.size
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image in a known format") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    return stored_size(content)
 
 
 def _write(path: Path, content: bytes, shard: Path) -> None:

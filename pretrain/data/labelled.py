@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pretrain.data.decode import Pixels, decode
+from pretrain.config.schema import DecodeConfig
+from pretrain.data.decode import DEFAULT, decode
 from pretrain.data.order import Order, Sample
+from pretrain.data.pixels import Pixels
 from pretrain.data.reader import Item, Reader
 from pretrain.data.shards import list_shards
 from pretrain.errors import InputError
@@ -25,6 +27,8 @@ def labelled_batches(
     mean: Sequence[float],
     std: Sequence[float],
     batch_size: int,
+    channels: int = 3,
+    decoding: DecodeConfig = DEFAULT,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of shards, in the order of the files; the last batch may be smaller.
 
@@ -36,9 +40,11 @@ def labelled_batches(
         mean: per channel, of pixel / 255.
         std: likewise.
         batch_size: images in a batch.
+        channels: C of the pixels.
+        decoding: section `data.decode`; `scale` is not used.
 
     Yields:
-        (b, 3, crop, crop) float32 normalised and (b,) int64.
+        (b, C, crop, crop) float32 normalised and (b,) int64.
 
     Raises:
         InputError: a shard cannot be used, or a sample has no label.
@@ -54,8 +60,8 @@ def labelled_batches(
         for start in range(0, len(order), batch_size):
             positions = range(start, min(start + batch_size, len(order)))
             items = [_labelled(reader, order.at(position), key_name) for position in positions]
-            images = np.stack(list(pool.map(lambda item: _prepare(item, resize, crop, key_name), items)))
-            pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 255
+            images = pool.map(lambda item: prepare(item, key_name, resize, crop, channels, decoding), items)
+            pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).contiguous().float() / 255
             yield (pixels - shift) / scale, torch.tensor([item.label for item in items])
 
 
@@ -69,25 +75,33 @@ def _labelled(reader: Reader, sample: Sample, key_name: str) -> Item:
     return item
 
 
-def _prepare(item: Item, resize: int, crop: int, key_name: str) -> Pixels:
-    """(crop, crop, 3) of one item."""
+def prepare(
+    item: Item, key_name: str, resize: int, crop: int, channels: int = 3, decoding: DecodeConfig = DEFAULT
+) -> Pixels:
+    """The resized centre of one item, (crop, crop, C) uint8; arguments as for `labelled_batches`.
+
+    Raises:
+        InputError: the image is damaged, or has other channels.
+    """
     try:
-        return centre_crop(resize_shorter(decode(item.image), resize), crop)
+        return centre_crop(resize_shorter(decode(item.image, decoding, channels), resize), crop)
     except ValueError as error:
         raise InputError(f"{key_name}: sample {item.key}: {error}; re-pack the shard without it") from error
 
 
 def resize_shorter(image: Pixels, size: int) -> Pixels:
-    """An (H, W, 3) image with its shorter side made `size` pixels; untouched where it has that size."""
+    """An (H, W, C) image with its shorter side made `size` pixels; untouched where it has that size."""
     height, width = image.shape[:2]
     short = min(height, width)
     if short == size:
         return image
     target = (int(size * width / short), int(size * height / short))
-    return np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BICUBIC))
+    bands = [image] if image.shape[2] == 3 else [image[..., i] for i in range(image.shape[2])]
+    resized = [np.asarray(Image.fromarray(band).resize(target, Image.Resampling.BICUBIC)) for band in bands]
+    return resized[0] if image.shape[2] == 3 else np.stack(resized, axis=-1)
 
 
 def centre_crop(image: Pixels, size: int) -> Pixels:
-    """(size, size, 3) from the middle of an image that is at least as large."""
+    """(size, size, C) from the middle of an image that is at least as large."""
     top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]

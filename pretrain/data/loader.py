@@ -177,7 +177,8 @@ class _Feed:
         while self.pending[0].groups_left:
             self._collect(seconds=None)
         done = self.pending.popleft()
-        return self.copier.send(collate(self.slots.arrays(done.slot), done.position), done.slot)
+        arrays = self.slots.arrays(done.slot)
+        return self.copier.send(collate(arrays, done.position), done.slot, arrays)
 
     def _schedule(self) -> None:
         """Give every free slot a micro-batch to come."""

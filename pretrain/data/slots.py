@@ -17,9 +17,11 @@ import numpy as np
 
 from pretrain.config.derived import drop_path_rates, kept_rows
 from pretrain.config.schema import Config
-from pretrain.data.decode import Pixels
+from pretrain.data.draw_params import WIDTH
+from pretrain.data.draw_params import Rows as Params
 from pretrain.data.drop_path import Rows
 from pretrain.data.masking import Mask
+from pretrain.data.pixels import Pixels
 from pretrain.errors import InputError
 
 ALIGNMENT = 64  # bytes; a cache line, and enough for any vector instruction
@@ -33,6 +35,8 @@ class GroupArrays(NamedTuple):
     masks: Mask  # (G * gs, N); rows inside a group count crop * gs + image
     drop_global: Rows | None  # (depth, 2, kept) rows of the group's global crops; None = nothing is dropped
     drop_local: Rows | None  # likewise for the local crops
+    global_params: Params | None = None  # (G, gs, P) what is left to do to the crops; None = nothing
+    local_params: Params | None = None  # (L, gs, P)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class SlotArrays:
     masks: Mask  # (n, G * gs, N)
     drop_global: Rows | None  # (n, depth, 2, kept)
     drop_local: Rows | None  # (n, depth, 2, kept)
+    global_params: Params | None = None  # (G, B, P)
+    local_params: Params | None = None  # (L, B, P)
 
     @property
     def num_groups(self) -> int:
@@ -64,6 +70,8 @@ class SlotArrays:
             self.masks[number],
             None if self.drop_global is None else self.drop_global[number],
             None if self.drop_local is None else self.drop_local[number],
+            None if self.global_params is None else self.global_params[:, images],
+            None if self.local_params is None else self.local_params[:, images],
         )
 
 
@@ -101,7 +109,7 @@ class SlotLayout:
 def _arrays(cfg: Config, micro_batch: int) -> Iterator[tuple[str, tuple[int, ...], type]]:
     """Name, shape and type of each array of a micro-batch."""
     data, gs = cfg.data, cfg.data.group_size
-    channels, large, small = cfg.model.in_channels, data.global_crops.size, data.local_crops.size
+    channels, large, small = data.channels, data.global_crops.size, data.local_crops.size
     groups, local, rates = micro_batch // gs, data.local_crops.number, drop_path_rates(cfg.model)
     yield "global_crops", (2, micro_batch, channels, large, large), np.uint8
     yield "local_crops", (local, micro_batch, channels, small, small), np.uint8
@@ -110,6 +118,9 @@ def _arrays(cfg: Config, micro_batch: int) -> Iterator[tuple[str, tuple[int, ...
         for name, crops in (("drop_global", 2), ("drop_local", local)):
             kept = max(kept_rows(rate, crops * gs) for rate in rates)
             yield name, (groups, len(rates), 2, kept), np.int64
+    if data.augment_on == "device":
+        yield "global_params", (2, micro_batch, WIDTH), np.float32
+        yield "local_params", (local, micro_batch, WIDTH), np.float32
 
 
 class SharedFile:

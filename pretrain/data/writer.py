@@ -51,13 +51,23 @@ def write_shards(
     return shards
 
 
-def clear_shards(folder: Path, prefix: str, force: bool) -> None:
+def clear_shards(folder: Path, prefix: str, force: bool, sources: Iterable[Path] = ()) -> None:
     """Refuse, or with `force` remove, shards of the prefix: old and new ones would be read as one data set.
 
+    Args:
+        folder: of the shards.
+        prefix: of their names.
+        force: remove them.
+        sources: files that are still to be read.
+
     Raises:
-        InputError: there are some, and `force` is not given.
+        InputError: there are some, and `force` is not given, or one of them is still to be read.
     """
     shards = sorted(folder.glob(f"{prefix}-*.tar"))
+    needed = {source.resolve() for source in sources}
+    for shard in shards:
+        if shard.resolve() in needed:
+            raise InputError(f"{shard}: is to be packed itself; give another folder or --prefix")
     if shards and not force:
         raise InputError(f"{folder}: has {len(shards)} {prefix}-*.tar already; --force replaces them")
     for shard in shards:

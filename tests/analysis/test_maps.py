@@ -174,6 +174,18 @@ def test_the_sheet_shows_images_colours_and_attention() -> None:
     assert sheet[:, :HEADER].amin() < 100  # titles
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_without_colours_are_shown_grey(channels: int) -> None:
+    pixels = torch.rand(2, channels, 32, 32, generator=torch.Generator().manual_seed(0))
+    sheet = picture(
+        pixels, [0.0] * channels, [1.0] * channels, torch.rand(2, 3, 4, 4), torch.rand(2, 1, 4, 4)
+    )
+    expected = (pixels.mean(1) * 255).round().to(torch.uint8)
+    for row in (0, 1):
+        for band in cell(sheet, row, 0, CELL)[:, ::4, ::4]:
+            assert torch.equal(band, expected[row])
+
+
 def test_large_images_keep_their_size_and_heads_are_few() -> None:
     images, pca, attention = torch.zeros(1, 3, 224, 224), torch.zeros(1, 3, 14, 14), torch.rand(1, 16, 14, 14)
     assert picture(images, MEAN, STD, pca, attention).shape == (3, HEADER + 228, 228 * (3 + HEADS))

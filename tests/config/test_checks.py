@@ -12,6 +12,10 @@ from pretrain.config.schema import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RMLP = ("dino_head.kind=rmlp",)
+GREY = (
+    *("data.channels=1", "model.in_channels=1", "data.mean=0.5", "data.std=0.2", "data.augment.hue=0"),
+    *("data.augment.saturation=0", "data.augment.grayscale_probability=0"),
+)
 CUSTOM = ("model.arch=custom", "model.embed_dim=96", "model.depth=4", "model.num_heads=3")
 
 
@@ -40,7 +44,23 @@ REFUSED = [
     (["model.arch=custom", "model.embed_dim=96"], "model.depth: must be given with model.arch=custom"),
     (["model.depth=4"], "model.depth: model.arch=vit_large sets it; remove it or use model.arch=custom"),
     ([*CUSTOM, "model.num_heads=5"], "model.num_heads: 5 heads do not divide width 96"),
-    (["model.in_channels=1"], "model.in_channels: must be 3"),
+    (["model.in_channels=1"], "model.in_channels: 1 is not data.channels=3; set both"),
+    (["data.channels=0"], "data.channels: must be between 1 and 128, got 0"),
+    ([*GREY, "data.mean=[0.5,0.5,0.5]"], "data.mean: needs 1 values, one a channel, got [0.5, 0.5, 0.5]"),
+    (
+        [*GREY, "data.augment.hue=0.1"],
+        "data.augment.saturation: only RGB images have colours; with data.channels=1 set "
+        "data.augment.saturation=0 data.augment.hue=0 data.augment.grayscale_probability=0",
+    ),
+    ([*GREY, "data.augment.saturation=0.2"], "data.augment.saturation: only RGB images have colours"),
+    (
+        [*GREY, "data.augment.grayscale_probability=1"],
+        "data.augment.saturation: only RGB images have colours",
+    ),
+    (["data.decode.max_pixels=0"], "data.decode.max_pixels: must be at least 1"),
+    (["data.decode.window=[1]"], "data.decode.window: [1.0] must be [low, high] with low below high"),
+    (["data.decode.window=[9,9]"], "data.decode.window: [9.0, 9.0] must be [low, high] with low below high"),
+    (["data.decode.window=[0,.nan]"], "data.decode.window: must be finite"),
     (
         ["model.img_size=200"],
         "model.img_size: 200 px is not a multiple of model.patch_size=16; use for example 192",
@@ -86,6 +106,9 @@ REFUSED = [
 
 ALLOWED = [
     [*CUSTOM],
+    [*GREY],
+    ["data.decode.window=[-1000,2000.5]"],
+    ["data.decode.window=null"],
     ["data.group_size=2", "mask.probability=0.25"],
     ["data.group_size=2", "mask.probability=0.2", "loss.ibot_weight=0"],
     ["engine.accumulation_steps=32"],

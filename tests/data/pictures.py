@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image
 
 
-def encode(pixels: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+def encode(pixels: np.ndarray | Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     """Pixels as the bytes of an image file."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(file, kind, **options)
     return file.getvalue()

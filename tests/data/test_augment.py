@@ -1,12 +1,13 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from pretrain.config.schema import DataConfig, LocalCropConfig
+from pretrain.config.schema import AugmentConfig, DataConfig, LocalCropConfig
 from pretrain.data import colour
-from pretrain.data.augment import apply, augment, resize
+from pretrain.data.augment import apply, augment, cut, resize
 from pretrain.data.draws import Box, CropDraw, draw_crops
 from pretrain.seeding import numpy_stream
 
@@ -122,23 +123,66 @@ def test_the_whole_chain_equals_pillow(images: dict[str, np.ndarray], photo: str
 
 
 def test_augment_fills_its_outputs(images: dict[str, np.ndarray]) -> None:
-    cfg = DataConfig()
     large, small = np.zeros((2, 3, 224, 224), np.uint8), np.zeros((8, 3, 96, 96), np.uint8)
-    augment(images["china"], cfg, numpy_stream(0, "test"), large, small)
-    draws = draw_crops(numpy_stream(0, "test"), 375, 500, cfg)
+    draws = draw_crops(numpy_stream(0, "test"), 375, 500, DataConfig())
+    augment(images["china"], draws, large, small)
     for out, crops in zip((large, small), draws, strict=True):
         for planes, draw in zip(out, crops, strict=True):
             expected = apply(images["china"], draw, planes.shape[-1]).transpose(2, 0, 1)
             np.testing.assert_array_equal(planes, expected)
 
 
-def test_augment_writes_into_strided_slots(images: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("function", [augment, cut])
+def test_crops_are_written_into_strided_slots(images: dict[str, np.ndarray], function: Callable) -> None:
     """The loader passes slices of a group's arrays."""
     cfg = replace(DataConfig(), local_crops=LocalCropConfig(size=32, number=2))
+    draws = draw_crops(numpy_stream(0, "test"), 375, 500, cfg)
     groups = np.zeros((2, 5, 3, 224, 224), np.uint8), np.zeros((2, 5, 3, 32, 32), np.uint8)
     alone = np.zeros((2, 3, 224, 224), np.uint8), np.zeros((2, 3, 32, 32), np.uint8)
-    augment(images["flower"], cfg, numpy_stream(0, "test"), groups[0][:, 3], groups[1][:, 3])
-    augment(images["flower"], cfg, numpy_stream(0, "test"), *alone)
+    function(images["flower"], draws, groups[0][:, 3], groups[1][:, 3])
+    function(images["flower"], draws, *alone)
     for group, single in zip(groups, alone, strict=True):
         np.testing.assert_array_equal(group[:, 3], single)
         assert single.any() and not group[:, [0, 1, 2, 4]].any()
+
+
+def bands_of(images: dict[str, np.ndarray], channels: int) -> np.ndarray:
+    stacked = np.concatenate([images[photo] for photo in PHOTOS], axis=2)
+    return np.ascontiguousarray(stacked[..., :channels])
+
+
+CHANNEL_CFG = DataConfig(
+    augment=AugmentConfig(saturation=0, hue=0, grayscale_probability=0, contrast=0, solarize_probability=0.5)
+)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8])
+def test_channels_are_changed_alike(images: dict[str, np.ndarray], channels: int) -> None:
+    """Without contrast, which looks across channels: each comes out as if it were alone."""
+    image = bands_of(images, channels)
+    for i in range(5):
+        global_draws, local_draws = draw_crops(numpy_stream(0, "test", i), 375, 500, CHANNEL_CFG)
+        for draw in global_draws + local_draws[:2]:
+            crop = apply(image, draw, 96)
+            assert crop.shape == (96, 96, channels)
+            for c in range(channels):
+                gray = np.ascontiguousarray(image[..., c])
+                alone = apply(np.repeat(gray[..., None], 3, axis=2), draw, 96)
+                np.testing.assert_array_equal(crop[..., c], alone[..., 0])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_contrast_turns_around_the_mean_of_all_channels(images: dict[str, np.ndarray], channels: int) -> None:
+    image = bands_of(images, channels)
+    level = int(image.mean() + 0.5)
+    for factor in (0.6, 1.0, 1.4):
+        expected = np.floor(level + factor * (image.astype(float) - level) + 1e-5).clip(0, 255)
+        result = colour.adjust_contrast(image, factor)
+        assert result.shape == image.shape and np.abs(result - expected).mean() < 0.05
+
+
+def test_contrast_of_gray_equals_pillows(images: dict[str, np.ndarray]) -> None:
+    gray = np.ascontiguousarray(images["china"][..., :1])
+    for factor in AMOUNTS["contrast"]:
+        reference = ImageEnhance.Contrast(Image.fromarray(gray[..., 0])).enhance(factor)
+        assert error(colour.adjust_contrast(gray, factor)[..., 0], reference) < LIMIT

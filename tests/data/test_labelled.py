@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pretrain.config.schema import DecodeConfig
 from pretrain.data.labelled import labelled_batches
 from pretrain.data.writer import PackedSample, write_shards
 from tests.data.pictures import encode
@@ -58,6 +59,33 @@ def test_a_fitting_image_is_untouched(images: dict[str, np.ndarray], tmp_path: P
         shards_of(tmp_path, [picture], [0]), "log.knn.test", 64, 64, MEAN, STD, 4
     )
     np.testing.assert_array_equal(pixels_of(batch)[0], picture)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gray_images_have_the_wanted_channels(
+    images: dict[str, np.ndarray], tmp_path: Path, channels: int
+) -> None:
+    gray = Image.fromarray(images["china"]).convert("L")
+    shards = shards_of(tmp_path, [np.asarray(gray)], [0])
+    scaling = ([0.0] * channels, [1.0] * channels)
+    ((batch, _),) = labelled_batches(shards, "log.knn.test", 128, 112, *scaling, 4, channels)
+    resized = np.asarray(gray.resize((170, 128), Image.Resampling.BICUBIC))[8:120, 29:141]
+    expected = np.broadcast_to(resized, (1, channels, 112, 112))
+    np.testing.assert_array_equal((batch * 255).round().numpy(), expected)
+
+
+def test_levels_are_seen_through_the_window(tmp_path: Path) -> None:
+    levels = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
+    decoding = DecodeConfig(window=[0, 4095])
+    shards = shards_of(tmp_path, [levels], [0])
+    ((batch, _),) = labelled_batches(shards, "log.knn.test", 32, 32, [0.0], [1.0], 4, 1, decoding)
+    np.testing.assert_array_equal((batch[0, 0] * 255).round(), np.rint(levels / 4095 * 255))
+
+
+def test_other_channels_name_setting_and_key(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path, [np.zeros((8, 8, 3), np.uint8)], [0])
+    with pytest.raises(ValueError, match=r"^log.knn.test: sample 0: has 3 channels, data.channels=5"):
+        next(labelled_batches(shards, "log.knn.test", 8, 8, [0.0] * 5, [1.0] * 5, 2, 5))
 
 
 def test_a_missing_label_names_setting_shard_and_key(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from pretrain.batch import Batch, normalize_pixels
-from pretrain.config.schema import Config, SourceConfig
+from pretrain.config.schema import AugmentConfig, Config, SourceConfig
 from pretrain.data.group import GroupMaker, GroupReport
 from pretrain.data.loader import TrainLoader
 from pretrain.data.slots import GroupArrays, SlotLayout
+from pretrain.data.writer import PackedSample, write_shards
 from tests.data.conftest import GLOBAL_BATCH, GROUP, config_maker
 
 CPU = torch.device("cpu")
@@ -199,10 +202,51 @@ def test_pixels_are_normalised_per_channel() -> None:
 def test_crops_come_from_the_image_at_their_position(make_config: MakeConfig) -> None:
     cfg = make_config()
     large, small = np.zeros((2, 3, 32, 32), np.uint8), np.zeros((3, 3, 16, 16), np.uint8)
-    GroupMaker(cfg).make_image(9, large, small, GroupReport())
+    image = GroupArrays(large[:, None], small[:, None], *[None] * 5)
+    GroupMaker(cfg).make_image(9, image, 0, GroupReport())
     group = make_group(cfg, 8)
     np.testing.assert_array_equal(group.global_crops[:, 1], large)
     np.testing.assert_array_equal(group.local_crops[:, 1], small)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_augmented_on_the_device_are_those_of_the_cpu(make_config: MakeConfig, workers: int) -> None:
+    cfg = make_config(accumulation_steps=2)
+    both = (replace(cfg, data=replace(cfg.data, augment_on="device", workers=workers)), cfg)
+    device, cpu = (
+        [batch.clone() for _, step in make_loader(each).steps(1, 3) for batch in step] for each in both
+    )
+    for mine, reference in zip(device, cpu, strict=True):
+        assert torch.equal(mine.masks, reference.masks)
+        for name in ("global_crops", "local_crops"):
+            crops, expected = getattr(mine, name), getattr(reference, name)
+            assert crops.shape == expected.shape and crops.dtype == torch.uint8
+            assert (crops.float() - expected.float()).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_gray_images(make_config: MakeConfig, augment_on: str) -> None:
+    colourless = AugmentConfig(saturation=0, hue=0, grayscale_probability=0)
+    cfg = make_config(channels=1, mean=[0.5], std=[0.2], augment=colourless, augment_on=augment_on)
+    _, (batch,) = next(make_loader(cfg).steps(0, 1))
+    assert batch.global_crops.shape == (32, 1, 32, 32) and batch.local_crops.shape == (48, 1, 16, 16)
+    assert batch.global_crops.float().std() > 20
+
+
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_images_of_five_bands(make_config: MakeConfig, tmp_path: Path, augment_on: str) -> None:
+    bands = np.random.default_rng(0).integers(0, 256, (16, 40, 50, 5), np.uint8)
+    samples = []
+    for i, image in enumerate(bands):
+        file = io.BytesIO()
+        tifffile.imwrite(file, image, photometric="minisblack", planarconfig="contig")
+        samples.append(PackedSample(f"{i}", "tif", file.getvalue(), None, {}))
+    write_shards(samples, tmp_path, "train", 16)
+    colourless = AugmentConfig(saturation=0, hue=0, grayscale_probability=0)
+    settings = {"channels": 5, "mean": [0.5] * 5, "std": [0.2] * 5, "augment": colourless}
+    cfg = make_config(shards=[str(tmp_path / "train-*.tar")], augment_on=augment_on, **settings)
+    _, (batch,) = next(make_loader(cfg).steps(0, 1))
+    assert batch.global_crops.shape == (32, 5, 32, 32) and batch.global_crops.float().std() > 20
 
 
 def test_the_global_generators_are_left_alone(make_config: MakeConfig) -> None:
@@ -226,7 +270,7 @@ def test_an_empty_data_set_is_an_error(make_config: MakeConfig, tmp_path: Path) 
 PROGRAM = """
 import json, sys, time, torch
 from dataclasses import replace
-from pretrain.config.schema import Config, SourceConfig
+from pretrain.config.schema import AugmentConfig, Config, SourceConfig
 from pretrain.data.loader import TrainLoader
 
 if __name__ == "__main__":

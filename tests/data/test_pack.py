@@ -1,40 +1,17 @@
-import io
 import json
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import NamedTuple
-from unittest.mock import patch
 
-import numpy as np
 import pytest
 import webdataset as wds
 
 from pretrain.data.index import index_path
 from pretrain.data.reader import Reader
-from tests.data.pictures import encode
-from tools.pack import main
+from tests.data.packing import pack, picture
 
 TOOL = Path(__file__).parents[2] / "tools" / "pack.py"
-
-
-class Result(NamedTuple):
-    stdout: str
-    stderr: str
-
-
-def pack(*arguments: object, status: int = 0) -> Result:
-    out, err = io.StringIO(), io.StringIO()
-    command = ["pack.py", *map(str, arguments)]
-    with patch.object(sys, "argv", command), redirect_stdout(out), redirect_stderr(err):
-        assert main() == status, err.getvalue()
-    return Result(out.getvalue(), err.getvalue())
-
-
-def picture(value: int, kind: str = "JPEG") -> bytes:
-    return encode(np.full((16, 16, 3), value, np.uint8), kind)
 
 
 @pytest.fixture
@@ -167,6 +144,28 @@ def test_existing_shards_are_safe(classes: Path, tmp_path: Path) -> None:
     assert len(list(dst.glob("*.tar"))) == 1 == len(list(dst.glob("*.idx")))
 
 
+def test_two_kinds_in_a_folder_are_refused(classes: Path, tmp_path: Path) -> None:
+    (classes / "cat" / "scan.dcm").write_bytes(b"")
+    error = pack(classes, tmp_path / "data", status=2).stderr
+    assert "holds images (p0_x.JPG) and DICOM files (scan.dcm)" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--window", "0", "1"], "--window: is for DICOM files and NIfTI volumes; photos holds images"),
+        (["--axis", "0"], "--axis: is for NIfTI volumes; photos holds images"),
+        (["--image-column", "x"], "--image-column: is for parquet files; photos holds images"),
+        (["--label-column", "x"], "--label-column: is for parquet files; photos holds images"),
+    ],
+)
+def test_options_of_another_kind_are_refused(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in pack("photos", "data", *arguments, status=2).stderr
+
+
 def test_index_of_existing_shards(classes: Path, tmp_path: Path) -> None:
     pack(classes, tmp_path)
     index_path(tmp_path / "train-000000.tar").unlink()
@@ -186,6 +185,9 @@ def test_index_of_existing_shards(classes: Path, tmp_path: Path) -> None:
         (["mixed/cat/sub", "data", "--samples-per-shard", "0"], "at least 1"),
         (["broken", "data"], "not one image can be read"),
         (["--index", "empty/*.tar"], "no shard matches"),
+        (["--verify", "empty/*.tar"], "no shard matches"),
+        (["mixed", "data", "--index", "x.tar"], "take shards only, not mixed"),
+        (["mixed"], "give SRC and DST"),
     ],
 )
 def test_bad_input_is_one_line(

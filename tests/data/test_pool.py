@@ -177,7 +177,7 @@ def test_memory_that_is_not_there_is_one_line(make_config: MakeConfig) -> None:
 
 
 def test_slots_do_not_overlap(make_config: MakeConfig) -> None:
-    cfg = make_config()
+    cfg = make_config(augment_on="device")
     cfg = replace(cfg, model=replace(cfg.model, drop_path_rate=0.3))
     slots = SharedSlots(SlotLayout(cfg, GLOBAL_BATCH), 3, PLENTY)
     arrays: list[Any] = [

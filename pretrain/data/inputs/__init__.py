@@ -1,0 +1,1 @@
+"""What `tools/pack.py` packs, one file per kind of input: images, tars, parquet, DICOM, NIfTI."""
