@@ -3,11 +3,12 @@
     python benchmarks/loader.py
     python benchmarks/loader.py --images 8 --batch 4 --repeats 1 --bits 2.5    # takes seconds
 
-Both sides read the same shards, which are made first, and cut the same crops from the same draws: 2 of 224
+All sides read the same shards, which are made first, and cut the same crops from the same draws: 2 of 224
 and 8 of 96 pixels, blur in the papers' probabilities. The plain side (`loader_baseline.py`) ends in float32
-batches, ours in uint8 slots that the model normalises. They take turns batch by batch in random order; times
-are CPU time of the process on one thread, and a speed-up is that of a whole repetition. On a plain C library
-they hold the page faults of large arrays, unless MALLOC_MMAP_MAX_=0 and a huge MALLOC_TRIM_THRESHOLD_ make it
+batches. Ours end in uint8 slots that the model normalises: `cpu` does all else, `device` leaves what follows
+the resizing to the device, whose work is measured apart. They take turns batch by batch in random order;
+times are CPU time of the process on one thread, and a speed-up is that of a whole repetition. They hold the
+page faults of large arrays, unless MALLOC_MMAP_MAX_=0 and a huge MALLOC_TRIM_THRESHOLD_ make the C library
 keep its memory. The last line of the output is one JSON object.
 """
 
@@ -17,7 +18,9 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median
@@ -43,11 +46,13 @@ from pretrain.config import schema
 from pretrain.config.checks import check
 from pretrain.config.schema import Config
 from pretrain.data.collate import collate
+from pretrain.data.device_augment import augment_on_device
 from pretrain.data.group import GroupMaker
 from pretrain.data.slots import SlotLayout
 
 TOLERANCE = 0.30  # of a stage's share of the time, relative
 SAME_BITS = 0.3  # a pixel, between images that are alike
+PLAIN = "plain"  # the side that ours are compared with
 TOTAL = "all"  # the stage of what is not timed in stages
 PACKAGES = ("torch", "pillow", "numpy", "opencv-python-headless", "simplejpeg", "webdataset")
 Figures = dict[str, Any]
@@ -74,21 +79,22 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def configuration(shards: Sequence[Path], batch: int, seed: int) -> Config:
-    """The short recipe on these shards, read as they lie, as webdataset reads them."""
+def configurations(shards: Sequence[Path], batch: int, seed: int) -> dict[str, Config]:
+    """By side: the short recipe on these shards, read as they lie, as webdataset reads them."""
+    data = schema.DataConfig(
+        shards=[str(shard) for shard in shards],
+        shuffle="none",
+        group_size=batch,
+        augment=schema.AugmentConfig(blur="paper"),
+    )
     cfg = Config(
         run=schema.RunConfig(seed=seed),
-        data=schema.DataConfig(
-            shards=[str(shard) for shard in shards],
-            shuffle="none",
-            group_size=batch,
-            augment=schema.AugmentConfig(blur="paper"),
-        ),
+        data=data,
         optim=schema.OptimConfig(global_batch_size=batch),
         engine=schema.EngineConfig(device="cpu"),
     )
     check(cfg)
-    return cfg
+    return {PLAIN: cfg, "cpu": cfg, "device": replace(cfg, data=replace(data, augment_on="device"))}
 
 
 class OurLoader:
@@ -105,6 +111,17 @@ class OurLoader:
             self.maker.make(first, self.slot.group(0))
             yield collate(self.slot, first)
 
+    def finished(self, batch: Batch) -> Batch:
+        """The last batch with what the device has to do to its crops done, where that is."""
+        rows, crops = (
+            (self.slot.global_params, self.slot.local_params),
+            (batch.global_crops, batch.local_crops),
+        )
+        if rows[0] is None or rows[1] is None:
+            return batch
+        done = [augment_on_device(c, r.reshape(len(c), -1)) for c, r in zip(crops, rows, strict=True)]
+        return replace(batch, global_crops=done[0], local_crops=done[1])
+
 
 class Contestant(NamedTuple):
     """Something that loads an epoch, timed as a whole or in stages."""
@@ -114,15 +131,15 @@ class Contestant(NamedTuple):
     epoch: Callable[[Lap], Iterator[Batch]]
 
 
-def contestants(cfg: Config, images: int) -> list[Contestant]:
+def contestants(cfgs: Mapping[str, Config], images: int) -> list[Contestant]:
     """Each side, whole and in stages."""
-    plain, ours, staged = PlainLoader(cfg), OurLoader(cfg, images), StagedLoader(cfg, images)
-    return [
-        Contestant("plain", False, lambda lap: plain.epoch()),
-        Contestant("cpu", False, lambda lap: ours.epoch()),
-        Contestant("plain", True, plain.epoch),
-        Contestant("cpu", True, staged.epoch),
-    ]
+    players = []
+    for side, cfg in cfgs.items():
+        plain, ours, staged = PlainLoader(cfg), OurLoader(cfg, images), StagedLoader(cfg, images)
+        whole = plain if side == PLAIN else ours
+        players.append(Contestant(side, False, lambda lap, whole=whole: whole.epoch()))
+        players.append(Contestant(side, True, plain.epoch if side == PLAIN else staged.epoch))
+    return players
 
 
 def repetition(players: Sequence[Contestant], batches: int, order: random.Random) -> list[Stages]:
@@ -140,20 +157,41 @@ def repetition(players: Sequence[Contestant], batches: int, order: random.Random
 
 def compare_crops(cfg: Config, images: int) -> Figures:
     """How equal the crops are: plain and ours, ours and ours in stages. It warms everything up, too."""
-    ours, staged = OurLoader(cfg, images).epoch(), StagedLoader(cfg, images).epoch(untimed)
+    loader, staged = OurLoader(cfg, images), StagedLoader(cfg, images).epoch(untimed)
     rows, equal = [], True
-    for theirs, own, own_staged in zip(PlainLoader(cfg).epoch(), ours, staged, strict=True):
-        rows.append(agreement(cfg, theirs, own))
+    for theirs, own, own_staged in zip(PlainLoader(cfg).epoch(), loader.epoch(), staged, strict=True):
+        rows.append(agreement(cfg, theirs, loader.finished(own)))
         equal &= torch.equal(theirs.masks, own.masks) and equal_crops(own, own_staged)
     means = {name: mean(row[name] for row in rows) for name in rows[0]}
     return {**means, "masks_and_staged_crops_equal": equal}
 
 
+def device_work(cfg: Config, images: int, repeats: int) -> Figures:
+    """What the device does to a batch when it augments, alone: milliseconds an image."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader, times = OurLoader(cfg, images), []
+    batch = next(loader.epoch()).to(device)
+    for _ in range(1 + repeats):
+        since = device_clock(device)
+        loader.finished(batch)
+        times.append(1e3 * (device_clock(device) - since) / batch.num_images)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "one CPU thread"
+    return {"device": name, "ms_per_image": spread(times[1:])}
+
+
+def device_clock(device: torch.device) -> float:
+    """Seconds: of CPU time on a CPU; by the wall on a GPU, once it has done its work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def measure(data: DataSet, options: argparse.Namespace) -> Figures:
     """All figures of a data set."""
-    cfg = configuration(data.shards, options.batch, options.seed)
-    crops = compare_crops(cfg, data.images)
-    players, order = contestants(cfg, data.images), random.Random(options.seed)
+    cfgs = configurations(data.shards, options.batch, options.seed)
+    crops = {side: compare_crops(cfg, data.images) for side, cfg in cfgs.items() if side != PLAIN}
+    players, order = contestants(cfgs, data.images), random.Random(options.seed)
     batches = data.images // options.batch
     results = [repetition(players, batches, order) for _ in range(options.repeats)]
     stages, times = {}, {}
@@ -162,17 +200,17 @@ def measure(data: DataSet, options: argparse.Namespace) -> Figures:
             stages[player.side] = stage_medians(seconds, data.images)
         else:
             times[player.side] = [1e3 * one[TOTAL] / data.images for one in seconds]
-    ours = [side for side in times if side != "plain"]
     return {
         "bits_per_pixel": data.bits_per_pixel,
         "kilobytes_per_image": data.kilobytes,
         "megapixels_per_image": data.megapixels,
         "images_per_cpu_s": {side: 1e3 / median(values) for side, values in times.items()},
         "cpu_ms_per_image": {side: spread(values) for side, values in times.items()},
-        "speedup": {side: spread(ratios(times["plain"], times[side])) for side in ours},
+        "speedup": {side: spread(ratios(times[PLAIN], times[side])) for side in crops},
         "stages_cpu_ms_per_image": stages,
-        "plain_shares_percent": shares(stages["plain"]),
-        "crops": crops,
+        "plain_shares_percent": shares(stages[PLAIN]),
+        "crops_against_plain": crops,
+        "device_work": device_work(cfgs["device"], data.images, options.repeats),
     }
 
 
@@ -204,7 +242,10 @@ def report(figures: Figures) -> Iterator[str]:
     yield from stage_table(figures["stages_cpu_ms_per_image"])
     yield from share_table(figures["plain_shares_percent"], judged=abs(bits - REFERENCE_BITS) < SAME_BITS)
     yield ""
-    yield from (f"{name}: {value:.3g}" for name, value in figures["crops"].items())
+    for side, crops in figures["crops_against_plain"].items():
+        yield from (f"{side}: {name}: {value:.3g}" for name, value in crops.items())
+    work = figures["device_work"]
+    yield f"on the device ({work['device']}): {work['ms_per_image']['median']:.3g} ms an image"
 
 
 def table(head: Sequence[str]) -> Iterator[str]:
@@ -217,8 +258,9 @@ def stage_table(stages: dict[str, dict[str, float]]) -> Iterator[str]:
     """Milliseconds by stage, a column for each side."""
     yield ""
     yield from table(["stage, ms an image", *stages])
-    for name in stages["plain"]:
-        yield f"| {name} | {' | '.join(f'{times[name]:.2f}' for times in stages.values())} |"
+    for name in dict.fromkeys(name for times in stages.values() for name in times):
+        cells = (f"{times[name]:.2f}" if name in times else "" for times in stages.values())
+        yield f"| {name} | {' | '.join(cells)} |"
     yield f"| sum | {' | '.join(f'{sum(times.values()):.2f}' for times in stages.values())} |"
 
 

@@ -162,7 +162,7 @@ class PlainLoader:
                 lap("crop + resize")
                 crop = change(crop, draw, lap)
                 crops.append(to_normalised(crop, data.mean, data.std))
-                lap("to float + normalise")
+                lap("to tensor")
         return crops
 
     def _collate(self, images: list[list[Tensor]], first: int) -> Batch:
