@@ -4,6 +4,8 @@ All draws of an image come first (`drawn.py`), then the pixels: box, resize, fli
 blur, solarize. What follows the resizing can also run on the device, for a whole batch (`device_augment.py`).
 """
 
+from collections.abc import Callable, Iterator
+
 import cv2
 import numpy as np
 import torch
@@ -24,9 +26,12 @@ def augment(image: Pixels, draws: Draws, global_out: Pixels, local_out: Pixels) 
         global_out: (2, C, S, S) uint8, filled with the global crops.
         local_out: (L, C, s, s) uint8, filled with the local crops.
     """
-    for kind, out in zip(draws, (global_out, local_out), strict=True):
-        for draw, planes in zip(kind, out, strict=True):
-            _to_planes(apply(image, draw, planes.shape[-1]), planes)
+    pairs = list(_pairs(draws, global_out, local_out))
+    crops = [cut_box(image, draw.box, planes.shape[-1]) for draw, planes in pairs]
+    for change in CHANGES.values():  # one change for all crops: its code and tables stay in the caches
+        crops = [change(crop, draw) for crop, (draw, _) in zip(crops, pairs, strict=True)]
+    for crop, (_, planes) in zip(crops, pairs, strict=True):
+        to_planes(crop, planes)
 
 
 def cut(image: Pixels, draws: Draws, global_out: Pixels, local_out: Pixels) -> tuple[Rows, Rows]:
@@ -35,27 +40,27 @@ def cut(image: Pixels, draws: Draws, global_out: Pixels, local_out: Pixels) -> t
     Returns:
         (2, P) and (L, P) float32, the rest of the draws of the global and of the local crops.
     """
-    for kind, out in zip(draws, (global_out, local_out), strict=True):
-        for draw, planes in zip(kind, out, strict=True):
-            _to_planes(_resized(image, draw.box, planes.shape[-1]), planes)
+    for draw, planes in _pairs(draws, global_out, local_out):
+        to_planes(cut_box(image, draw.box, planes.shape[-1]), planes)
     return encode_draws(draws[0]), encode_draws(draws[1])
 
 
 def apply(image: Pixels, draw: CropDraw, size: int) -> Pixels:
     """One crop, (size, size, C) uint8, of an (H, W, C) image."""
-    crop = _resized(image, draw.box, size)
-    if draw.flip:
-        crop = np.asarray(cv2.flip(crop, 1), np.uint8).reshape(crop.shape)
-    for name, amount in draw.jitter:
-        crop = _adjust(crop, name, amount)
-    if draw.grayscale:
-        crop = colour.to_gray(crop)
-    if draw.sigma is not None:
-        crop = colour.blur(crop, draw.sigma)
-    return colour.solarize(crop) if draw.solarize else crop
+    crop = cut_box(image, draw.box, size)
+    for change in CHANGES.values():
+        crop = change(crop, draw)
+    return crop
 
 
-def _resized(image: Pixels, box: Box, size: int) -> Pixels:
+def _pairs(draws: Draws, global_out: Pixels, local_out: Pixels) -> Iterator[tuple[CropDraw, Pixels]]:
+    """Each crop's draw with where it goes."""
+    for kind, out in zip(draws, (global_out, local_out), strict=True):
+        yield from zip(kind, out, strict=True)
+
+
+def cut_box(image: Pixels, box: Box, size: int) -> Pixels:
+    """The part of an image in a box, as (size, size, C)."""
     return resize(image[box.top : box.top + box.height, box.left : box.left + box.width], size)
 
 
@@ -70,19 +75,43 @@ def resize(image: Pixels, size: int) -> Pixels:
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-def _adjust(crop: Pixels, name: Adjustment, amount: float) -> Pixels:
-    match name:
-        case "brightness":
-            return colour.adjust_brightness(crop, amount)
-        case "contrast":
-            return colour.adjust_contrast(crop, amount)
-        case "saturation":
-            return colour.adjust_saturation(crop, amount)
-        case "hue":
-            return colour.adjust_hue(crop, amount)
+def to_planes(crop: Pixels, planes: Pixels) -> None:
+    """(S, S, C) to (C, S, S); OpenCV is many times as fast at this as a strided copy."""
+    cv2.split(crop, list(planes))
 
 
-def _to_planes(crop: Pixels, planes: Pixels) -> None:
-    """(S, S, C) to (C, S, S); OpenCV is several times as fast at this as a strided copy."""
-    for channel in range(len(planes)):
-        cv2.extractChannel(crop, channel, planes[channel])
+def _flip(crop: Pixels, draw: CropDraw) -> Pixels:
+    return np.asarray(cv2.flip(crop, 1), np.uint8).reshape(crop.shape) if draw.flip else crop
+
+
+def _jitter(crop: Pixels, draw: CropDraw) -> Pixels:
+    for name, amount in draw.jitter:
+        crop = ADJUST[name](crop, amount)
+    return crop
+
+
+def _grayscale(crop: Pixels, draw: CropDraw) -> Pixels:
+    return colour.to_gray(crop) if draw.grayscale else crop
+
+
+def _blur(crop: Pixels, draw: CropDraw) -> Pixels:
+    return crop if draw.sigma is None else colour.blur(crop, draw.sigma)
+
+
+def _solarize(crop: Pixels, draw: CropDraw) -> Pixels:
+    return colour.solarize(crop) if draw.solarize else crop
+
+
+ADJUST: dict[Adjustment, Callable[[Pixels, float], Pixels]] = {
+    "brightness": colour.adjust_brightness,
+    "contrast": colour.adjust_contrast,
+    "saturation": colour.adjust_saturation,
+    "hue": colour.adjust_hue,
+}
+CHANGES: dict[str, Callable[[Pixels, CropDraw], Pixels]] = {  # of a resized crop, in their order
+    "flip": _flip,
+    "jitter": _jitter,
+    "grayscale": _grayscale,
+    "blur": _blur,
+    "solarize": _solarize,
+}

@@ -15,6 +15,13 @@ BLUR_KERNEL = 9  # pixels; DINOv2's
 SOLARIZE_TABLE = np.where(LEVELS < 128, LEVELS, 255 - LEVELS).astype(np.uint8)
 # Added before OpenCV rounds to nearest, to truncate. Not -0.5, which would lower half of the whole values.
 TRUNCATE = -0.499
+TAP_UNITS = 256  # the weights of a blur are whole and sum to this, as in OpenCV's blur of 8-bit images
+LOWERED = 128  # levels by which a blur is computed lower
+NO_TIE = 1 / (2 * TAP_UNITS**2)  # levels; half the least step of a blur's sums
+HUE_STEPS, CIRCLE = 255, 360  # Pillow's hue and OpenCV's
+# OpenCV's HSV (hue in degrees, saturation to 1, value in levels) to Pillow's steps not yet truncated; back.
+TO_STEPS = np.array([[HUE_STEPS / CIRCLE, 0, 0, 0], [0, 255, 0, 1e-3], [0, 0, 1, 0]], np.float32)
+FROM_STEPS = np.array([[CIRCLE / HUE_STEPS, 0, 0], [0, 1 / 255, 0], [0, 0, 1]], np.float32)
 
 
 def adjust_brightness(image: Pixels, factor: float) -> Pixels:
@@ -40,13 +47,10 @@ def adjust_hue(image: Pixels, shift: float) -> Pixels:
     Pillow stores hue and saturation in 255 truncated steps. OpenCV's 8-bit conversion rounds elsewhere (one
     level apart on saturated images), so the conversion runs in float and the truncation is done here.
     """
-    # Hue in degrees, saturation in [0, 1], value as it is.
     hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
-    hue = (cv2.extractChannel(hsv, 0) * np.float32(255 / 360)).astype(np.uint8)
-    hue += np.uint8(int(shift * 255) & 255)  # wraps at 256, as Pillow's channel does
-    saturation = (cv2.extractChannel(hsv, 1) * np.float32(255) + np.float32(1e-3)).astype(np.uint8)
-    cv2.insertChannel(hue * np.float32(360 / 255), hsv, 0)
-    cv2.insertChannel(saturation * np.float32(1 / 255), hsv, 1)
+    steps = cv2.transform(hsv, TO_STEPS).astype(np.uint8)
+    steps[..., 0] += np.uint8(int(shift * 255) & 255)  # wraps at 256, as Pillow's channel does
+    hsv = cv2.transform(steps.astype(np.float32), FROM_STEPS)
     return np.asarray(cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)), np.uint8)
 
 
@@ -56,10 +60,33 @@ def to_gray(image: Pixels) -> Pixels:
 
 
 def blur(image: Pixels, sigma: float) -> Pixels:
-    """Gaussian blur, `sigma` in pixels, mirrored at the edge pixel."""
-    kernel = (BLUR_KERNEL, BLUR_KERNEL)
-    blurred = cv2.GaussianBlur(image, kernel, sigma, borderType=cv2.BORDER_REFLECT_101)
+    """Gaussian blur, `sigma` in pixels, mirrored at the edge pixel.
+
+    Has the levels of OpenCV's GaussianBlur on 8 bits, in half the time. Between -128 and 127 the sums are
+    exact in float32, and half of their least step turns every tie upwards: OpenCV would round it to even.
+    """
+    taps = blur_taps(sigma)
+    if taps[-1] == TAP_UNITS:
+        return image.copy()
+    row = np.array([*taps, *taps[-2::-1]], np.float32) / TAP_UNITS
+    border, delta = cv2.BORDER_REFLECT_101, NO_TIE - LOWERED
+    lowered = cv2.sepFilter2D(image, cv2.CV_16S, row, row, delta=delta, borderType=border)
+    blurred = cv2.convertScaleAbs(lowered, alpha=1, beta=LOWERED)
     return np.asarray(blurred, np.uint8).reshape(image.shape)  # OpenCV drops a single channel's axis
+
+
+def blur_taps(sigma: float) -> list[int]:
+    """Weights of the blur from the edge to the centre, in units of 1 / 256.
+
+    Each is rounded with the remainder of those before it, and the centre gets what is left.
+    """
+    kernel = cv2.getGaussianKernel(BLUR_KERNEL, sigma, cv2.CV_64F)[:, 0].tolist()
+    taps, remainder = [], 0.0
+    for weight in kernel[: BLUR_KERNEL // 2]:
+        exact = weight * TAP_UNITS + remainder
+        taps.append(round(exact))
+        remainder = exact - taps[-1]
+    return [*taps, TAP_UNITS - 2 * sum(taps)]
 
 
 def solarize(image: Pixels) -> Pixels:

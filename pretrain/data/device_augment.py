@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pretrain.data.colour import BLUR_KERNEL, TRUNCATE
+from pretrain.data.colour import BLUR_KERNEL, HUE_STEPS, TAP_UNITS, TRUNCATE
 from pretrain.data.draw_params import (
     AMOUNTS,
     FLIP,
@@ -21,7 +21,6 @@ from pretrain.data.draw_params import (
     KINDS,
     SLOTS,
     SOLARIZE,
-    TAP_UNITS,
     TAPS,
     Rows,
 )
@@ -29,7 +28,6 @@ from pretrain.data.draws import ADJUSTMENTS
 
 CHUNK_BYTES = 2**26  # of float32 pixels that are worked on at a time; temporary memory is a few times this
 LUMA, LUMA_UNITS = (9798, 19235, 3735), 2**15  # ITU-R 601 weights as OpenCV rounds them
-HUE_STEPS = 255  # of Pillow's HSV, to the circle
 SATURATION_EPSILON = 1e-3  # as in `colour.adjust_hue`
 
 Places = np.ndarray[Any, np.dtype[np.int64]]  # (m,) of the batch

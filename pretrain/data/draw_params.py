@@ -7,10 +7,9 @@ the device computes with the same numbers.
 from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 
-from pretrain.data.colour import BLUR_KERNEL
+from pretrain.data.colour import BLUR_KERNEL, blur_taps
 from pretrain.data.draws import ADJUSTMENTS, CropDraw
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
@@ -24,7 +23,6 @@ TAPS = slice(GRAYSCALE + 1, GRAYSCALE + 1 + BLUR_KERNEL // 2 + 1)  # blur weight
 SOLARIZE = TAPS.stop  # 1: invert the bright levels
 WIDTH = SOLARIZE + 1  # P
 NONE = -1
-TAP_UNITS = 256  # the weights of a blur are whole and sum to this, as in OpenCV's blur of 8-bit images
 
 
 def encode_draws(draws: Sequence[CropDraw]) -> Rows:
@@ -39,17 +37,3 @@ def encode_draws(draws: Sequence[CropDraw]) -> Rows:
         if draw.sigma is not None:
             row[TAPS] = blur_taps(draw.sigma)
     return rows
-
-
-def blur_taps(sigma: float) -> list[int]:
-    """Weights of the blur from the edge to the centre, in units of 1 / 256.
-
-    Each is rounded with the remainder of those before it, and the centre gets what is left.
-    """
-    kernel = cv2.getGaussianKernel(BLUR_KERNEL, sigma, cv2.CV_64F)[:, 0].tolist()
-    taps, remainder = [], 0.0
-    for weight in kernel[: BLUR_KERNEL // 2]:
-        exact = weight * TAP_UNITS + remainder
-        taps.append(round(exact))
-        remainder = exact - taps[-1]
-    return [*taps, TAP_UNITS - 2 * sum(taps)]

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
@@ -65,6 +66,15 @@ def test_each_operation_equals_pillow(
     result = ours(images[photo], amount)
     assert error(result, reference(Image.fromarray(before), amount)) < LIMIT
     np.testing.assert_array_equal(images[photo], before)
+
+
+@pytest.mark.parametrize("photo", PHOTOS)
+@pytest.mark.parametrize("size", [17, 96, 98, 224])
+def test_blur_has_the_levels_of_opencvs(images: dict[str, np.ndarray], photo: str, size: int) -> None:
+    crop = resize(images[photo], size)
+    for sigma in np.linspace(0.1, 2, 60):
+        expected = cv2.GaussianBlur(crop, (9, 9), sigma, borderType=cv2.BORDER_REFLECT_101)
+        np.testing.assert_array_equal(colour.blur(crop, sigma), expected)
 
 
 @pytest.mark.parametrize("photo", PHOTOS)

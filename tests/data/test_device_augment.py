@@ -8,8 +8,9 @@ import torch
 
 from pretrain.config.schema import AugmentConfig, DataConfig
 from pretrain.data.augment import apply, augment, cut, resize
+from pretrain.data.colour import blur_taps
 from pretrain.data.device_augment import augment_on_device
-from pretrain.data.draw_params import NONE, TAPS, WIDTH, blur_taps, encode_draws
+from pretrain.data.draw_params import NONE, TAPS, WIDTH, encode_draws
 from pretrain.data.draws import Box, CropDraw, draw_crops
 from pretrain.seeding import numpy_stream
 
