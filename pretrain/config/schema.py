@@ -19,6 +19,7 @@ class RunConfig:
     dir: str = "runs/default"  # folder of config, metrics, checkpoints and exports; continued when it exists
     steps: int = 125_000  # optimizer steps (DINOv2 short: 100 "epochs" of 1,250)
     seed: int = 0  # every random draw is a function of (seed, purpose, position or step)
+    preemption_check_every: int = 1  # steps between the ranks' agreements on whether a signal ends the run
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, optimizer and losses stay fp32
     accumulation_steps: int = 1  # micro-batches per optimizer step
+    timeout: float = 1800.0  # seconds that a rank waits for the others in a collective before the run ends
+    hang_timeout: float = 900.0  # seconds without a finished step, then each rank writes its stacks; 0 = off
 
 
 @dataclass(frozen=True)
