@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import NoReturn
 
+from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
-from torch.distributed.distributed_c10d import Store
 
 from pretrain.command_line import INTERRUPTED, TRAINING_ERROR, USAGE_ERROR
 from pretrain.errors import InputError, TrainingError
@@ -76,9 +76,7 @@ class FaultLine:
         """
         self.rank, self.world_size, self._store = rank, world_size, store
         self._leaving = threading.Event()
-        self._thread = threading.Thread(
-            target=self._listen, args=(store.clone(),), name="faults", daemon=True
-        )
+        self._thread = threading.Thread(target=self._listen, args=(_own_connection(store),), daemon=True)
         self._thread.start()
 
     def publish(self, fault: Fault) -> Fault:
@@ -131,6 +129,12 @@ class FaultLine:
                     fault = Fault(0, TRAINING_ERROR, f"has ended without a word ({error})")
             if fault and not self._leaving.wait(GRACE_SECONDS):
                 self.end(fault)
+
+
+def _own_connection(store: Store) -> Store:
+    """To the same store: a connection serves one call at a time, and calls may wait."""
+    mine: Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+    return mine
 
 
 def _until(done: Callable[[], bool], seconds: float) -> None:

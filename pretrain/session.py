@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them too, untyped
 
 from pretrain import distributed
 from pretrain.config.schema import EngineConfig
@@ -69,7 +70,7 @@ def session(cfg: EngineConfig) -> Iterator[torch.device]:
 
 
 def give_up(reason: str) -> None:
-    """End all ranks, and this process at once: its main thread hangs. Nothing happens outside of a session."""
+    """End all ranks, this process at once: its main thread hangs. Does nothing outside of a session."""
     for line in _lines:
         line.end(line.publish(fault_of(TrainingError(reason), line.rank)))
 
@@ -99,19 +100,19 @@ def pick_device(requested: Literal["auto", "cpu", "cuda"], ranks: Ranks = SINGLE
     return torch.device("cuda", index)
 
 
-def _meet(ranks: Ranks, seconds: float) -> dist.Store:
+def _meet(ranks: Ranks, seconds: float) -> Store:
     """Connect to rank 0 and wait for all ranks."""
     place = f"MASTER_ADDR={ranks.master_addr} MASTER_PORT={ranks.master_port}"
     serves = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     limit = timedelta(seconds=seconds)
     try:
         address = (ranks.master_addr, ranks.master_port)
-        tcp = dist.TCPStore(*address, is_master=serves, timeout=limit, wait_for_workers=False)
+        tcp = TCPStore(*address, is_master=serves, timeout=limit, wait_for_workers=False)
     except (dist.DistError, RuntimeError, ValueError) as error:
         fault = "cannot be opened, take another port" if serves else f"cannot be reached in {seconds:g} s"
         first = str(error).partition("\n")[0]
         raise InputError(f"{place}: rank 0's store {fault} ({first})") from error
-    store = dist.PrefixStore(f"pretrain_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+    store = PrefixStore(f"pretrain_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
     if store.add(f"here_{ranks.rank}", 1) > 1:
         raise InputError(f"{place}: two processes call themselves rank {ranks.rank}; see RANK and the port")
     here = [f"here_{rank}" for rank in range(ranks.world_size)]
@@ -125,11 +126,11 @@ def _meet(ranks: Ranks, seconds: float) -> dist.Store:
     return store
 
 
-def _start_groups(store: dist.Store, ranks: Ranks, device: torch.device, timeout: float) -> None:
+def _start_groups(store: Store, ranks: Ranks, device: torch.device, timeout: float) -> None:
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("groups", store),
+        store=PrefixStore("groups", store),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=timeout + (LAST_SECONDS if on_gpu else 0)),
@@ -163,7 +164,7 @@ def _explained(error: RuntimeError, fault: Fault, timeout: float) -> tuple[int, 
     if isinstance(error, PeerError) or PEER_LOST.search(str(error)):
         return (
             3,
-            "another rank ended without a word; was it killed (memory)? Its output and the kernel's log tell",
+            "another rank ended without a word; was it killed (memory)? See its output",
         )
     if TIMED_OUT.search(str(error)):
         reason = f"no answer from another rank for engine.timeout={timeout:g} s"

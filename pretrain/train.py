@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -32,8 +33,10 @@ from pretrain.run.lock import RunLock
 from pretrain.run.preemption import STOPPED, Preemption
 from pretrain.run.profiling import PhaseTimer, StepProfiler
 from pretrain.run.watchdog import Watchdog
-from pretrain.session import session
+from pretrain.session import pick_device, session
 from pretrain.start import build_branches, load_start, record_run, run_facts
+
+Steps = Generator[tuple[int, list[Batch]], None, None]
 
 
 @dataclass
@@ -94,8 +97,14 @@ def _train(cfg: Config, device: torch.device) -> int:
     return 0 if run.step >= cfg.run.steps else STOPPED
 
 
-def build(cfg: Config, device: torch.device) -> Run:
-    """Data, model, engine and folder of a run, in the state that it starts from; collective."""
+def build(cfg: Config, device: torch.device | None = None) -> Run:
+    """Data, model, engine and folder of a run, in the state that it starts from; collective.
+
+    Args:
+        cfg: of the run.
+        device: of this rank; default: what `engine.device` says of a single process.
+    """
+    device = device or pick_device(cfg.engine.device)
     rank, world_size = distributed.rank(), distributed.world_size()
     micro_batch = micro_batch_size(cfg, world_size)
     loader = TrainLoader(cfg, device, micro_batch, rank, world_size, Path(cfg.run.dir))
@@ -153,7 +162,7 @@ def read_steps(run: Run) -> Iterator[tuple[int, list[Batch]]]:
         InputError, TrainingError: this rank's loader failed.
         PeerError: another rank's did.
     """
-    steps = run.loader.steps(run.step, run.cfg.run.steps)
+    steps = cast(Steps, run.loader.steps(run.step, run.cfg.run.steps))
     try:
         for _ in range(run.step, run.cfg.run.steps):
             item, error = _next_step(steps)
@@ -164,9 +173,6 @@ def read_steps(run: Run) -> Iterator[tuple[int, list[Batch]]]:
             yield item
     finally:
         steps.close()
-
-
-Steps = Generator[tuple[int, list[Batch]], None, None]
 
 
 def _next_step(steps: Steps) -> tuple[tuple[int, list[Batch]] | None, Exception | None]:

@@ -88,7 +88,7 @@ def without(name: str) -> dict[str, str]:
         ({**SLURM, "SLURM_NTASKS": "many"}, r"SLURM_NTASKS=many is not a whole number"),
         (
             {**SLURM, "SLURM_STEP_NODELIST": "gpu[1"},
-            r"SLURM_STEP_NODELIST='gpu\[1' is not a list of machines",
+            "SLURM_STEP_NODELIST='gpu.1' is not a list",
         ),
     ],
 )
