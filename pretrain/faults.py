@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import NoReturn
 
 from torch._C._distributed_c10d import Store
@@ -40,11 +39,6 @@ class Fault:
     rank: int  # that failed first
     status: int  # exit status of every rank
     line: str  # for people
-
-    def error(self) -> BaseException:
-        """What another rank raises for it: `exit_status` prints the line of these."""
-        line = f"rank {self.rank}: {self.line}"
-        return InputError(line) if self.status == USAGE_ERROR else TrainingError(line)
 
 
 def fault_of(error: BaseException, rank: int) -> Fault:
@@ -89,19 +83,19 @@ class FaultLine:
     def wait(self, seconds: float) -> Fault | None:
         """The note, or None when there is none after so long."""
         with suppress(DistError):
-            self._store.wait([NOTE], timedelta(seconds=seconds))
-            return _read(self._store.get(NOTE))
+            _until(lambda: self._store.check([NOTE]), seconds)
+            return _read(self._store.get(NOTE)) if self._store.check([NOTE]) else None
         return None
 
-    def end(self, fault: Fault) -> NoReturn:
-        """End this process at once, with the fault's exit status: nothing else can.
-
-        Rank 0 and the rank that failed say why.
-        """
+    def tell(self, fault: Fault) -> None:
+        """Say why the run ends, where a person may look for it: on rank 0 and on the rank that failed."""
         if self.rank in (0, fault.rank):
-            name = "pretrain" if self.rank == 0 else f"pretrain: rank {self.rank}"
-            line = fault.line if fault.rank == self.rank else str(fault.error())
-            print(f"{name}: {line}", file=sys.stderr, flush=True)
+            name = f"rank {fault.rank}: " if fault.rank else ""
+            print(f"pretrain: {name}{fault.line}", file=sys.stderr, flush=True)
+
+    def end(self, fault: Fault) -> NoReturn:
+        """End this process at once, with the fault's exit status: nothing else can."""
+        self.tell(fault)
         sys.stdout.flush()
         os._exit(fault.status)
 

@@ -23,7 +23,7 @@ from pretrain.faults import Fault, FaultLine, PeerError, fault_of
 from pretrain.ranks import SINGLE, Ranks, detect
 
 START_SECONDS = 600.0  # for all ranks to be there; never longer than engine.timeout
-NOTE_SECONDS = 5.0  # in which the note of a rank that broke a connection is there
+NOTE_SECONDS = 3.0  # in which the note of a rank that broke a connection is there
 LAST_SECONDS = 60.0  # NCCL's own time-out kills the process without a word, so it comes last
 PEER_LOST = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
@@ -38,7 +38,7 @@ def session(cfg: EngineConfig) -> Iterator[torch.device]:
     Raises:
         InputError: the environment contradicts itself, the device is not there, or the ranks cannot meet.
         TrainingError: a rank is missing or went away.
-        SystemExit: another rank failed, and rank 0 says why.
+        SystemExit: another rank failed; rank 0 has said why.
     """
     ranks = detect(os.environ)
     device = pick_device(cfg.device, ranks)
@@ -60,8 +60,7 @@ def session(cfg: EngineConfig) -> Iterator[torch.device]:
             if isinstance(error, RuntimeError) and fault.status == 3 and not isinstance(error, TrainingError):
                 raise TrainingError(fault.line) from error
             raise
-        if ranks.rank == 0:
-            raise fault.error() from error
+        line.tell(fault)
         raise SystemExit(fault.status) from error
     finally:
         _lines.clear()

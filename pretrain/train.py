@@ -62,7 +62,7 @@ def main(cfg: Config) -> int:
     Raises:
         InputError: the config, the data or the run folder cannot be used.
         TrainingError: too many steps in a row were bad, the data cannot be read any more, or a rank is gone.
-        SystemExit: on a rank other than 0, when another rank failed.
+        SystemExit: another rank failed.
     """
     _refuse_more_ranks_than_the_engine_has(cfg)
     with session(cfg.engine) as device:
