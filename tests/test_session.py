@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from pretrain.config.schema import EngineConfig
 from pretrain.errors import InputError, TrainingError
 from pretrain.ranks import Ranks
 from pretrain.session import pick_device, session
-from tests.rank_processes import Ended, free_port, rank_environment, run_ranks
+from tests.rank_processes import LIMIT, ROOT, Ended, free_port, rank_environment, run_ranks
 
 
 def work(name: str, folder: Path) -> list[Ended]:
@@ -43,6 +45,25 @@ def test_ranks_agree_on_sums_means_and_when_to_stop(tmp_path):
             "means": {"loss": "3.0", "norm": "0.5", "never": "nan"},
             "stops": [3, "stopped by SIGUSR1", 4, "stopped by SIGUSR1"],
         }
+
+
+@pytest.mark.dist
+def test_torchrun_starts_ranks(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.rank_work", "agreements", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *command],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted(one["ranks"][0] for one in found) == [0, 1]
+    assert all(one["sum"] == [2.0, 1.0] for one in found)
 
 
 MISSING = "data.shards: /d/7.tar: no such file; check the path"

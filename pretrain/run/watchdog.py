@@ -5,6 +5,7 @@ native code is shown too. Ranks wait for one another within a step, so when one 
 """
 
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -22,6 +23,7 @@ from pretrain.errors import InputError
 from pretrain.session import give_up
 
 POLL_SECONDS = 0.5
+SLACK = 0.05  # of a time limit: setting the timer anew costs a thread, 0.1 to 0.3 ms, so not at every step
 MARGIN_SECONDS = 15.0  # after engine.timeout, in which a process group that can end the run itself does so
 
 
@@ -40,6 +42,7 @@ class Watchdog:
         # the first step compiles, and its ranks need not do so equally fast
         self._limit = (cfg.hang_timeout + cfg.timeout) / 2
         self._since, self._watching, self._said = time.monotonic(), False, False
+        self._timer_since = -math.inf
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -76,8 +79,9 @@ class Watchdog:
             self.path.parent.rmdir()  # unless stacks are in it
 
     def step(self) -> None:
-        """A step is done: the next one has `hang_timeout` seconds."""
-        self._limit = self.hang_timeout
+        """A step is done: the next one has `hang_timeout` seconds, and up to a twentieth more."""
+        if self._limit != self.hang_timeout:
+            self._limit, self._timer_since = self.hang_timeout, -math.inf
         self._arm()
 
     @contextmanager
@@ -90,16 +94,18 @@ class Watchdog:
     def _arm(self) -> None:
         if self.hang_timeout:
             self._since, self._said, self._watching = time.monotonic(), False, True
-            faulthandler.dump_traceback_later(self._limit, file=self._file)
+            if self._since - self._timer_since > SLACK * self._limit:
+                self._timer_since = self._since
+                faulthandler.dump_traceback_later((1 + SLACK) * self._limit, file=self._file)
 
     def _disarm(self) -> None:
-        self._watching = False
+        self._watching, self._timer_since = False, -math.inf
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             quiet = time.monotonic() - self._since
-            if self._watching and not self._said and quiet > self._limit + POLL_SECONDS:
+            if self._watching and not self._said and quiet > (1 + SLACK) * self._limit + POLL_SECONDS:
                 self._said = True
                 self._tell(quiet)
             if self._watching and quiet > max(self.timeout, self._limit) + MARGIN_SECONDS:
