@@ -35,7 +35,6 @@ from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, kept_rows, 
 from pretrain.config.schema import Config
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
-from pretrain.distributed import pick_device
 from pretrain.engines.single import SingleEngine
 from pretrain.heads.rmlp import rmlp_widths
 from pretrain.method.branch import SSLBranch
@@ -45,6 +44,7 @@ from pretrain.models.attention import resolve_backend
 from pretrain.models.init import init_weights
 from pretrain.optim.schedules import Schedules, StepValues
 from pretrain.seeding import numpy_stream, torch_stream
+from pretrain.session import pick_device
 
 GLOBAL_SIZE, LOCAL_SIZE = 224, 96  # pixels; the second is rounded to whole patches
 TINY = {"arch": "custom", "embed_dim": 64, "depth": 2, "num_heads": 2}

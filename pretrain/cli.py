@@ -12,11 +12,21 @@ from pretrain.config.checks import warnings
 from pretrain.config.load import config_text, load_config
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
+from pretrain.ranks import SINGLE, detect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the process's exit status. Wrong input: one line on stderr and 2."""
-    return exit_status("pretrain", lambda: _run(_parse(arguments)))
+    rank = _rank()
+    return exit_status(f"pretrain: rank {rank}" if rank else "pretrain", lambda: _run(_parse(arguments)))
+
+
+def _rank() -> int:
+    """This process's rank, as far as can be told: training itself refuses variables that contradict."""
+    try:
+        return detect(os.environ).rank
+    except InputError:
+        return SINGLE.rank
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -24,7 +34,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config_text(cfg), end="")
         return 0
-    for line in warnings(cfg):
+    for line in warnings(cfg) if _rank() == 0 else []:
         print(f"pretrain: warning: {line}", file=sys.stderr)
     return _dry_run(cfg) if options.dry_run else _train(cfg)
 

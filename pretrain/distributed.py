@@ -1,29 +1,17 @@
-"""Who am I among the ranks, and the reductions of everything that looks across images.
+"""Who am I among the ranks, the reductions of all that looks across images, and what the ranks agree on.
 
-Every sum or maximum over the global batch goes through `all_sum` and `all_max`; without a process group they
-return their input.
+Every sum or maximum over the global batch goes through `all_sum` and `all_max`. Decisions of the hosts (stop,
+save, give up) go through `any_rank` and `largest`, on a group of their own that never waits for a device.
+Without a process group all of them return their input.
 """
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.errors import InputError
-
-
-def pick_device(requested: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of `engine.device`; auto takes a GPU when there is one.
-
-    Raises:
-        InputError: a GPU is asked for and there is none.
-    """
-    has_gpu = torch.cuda.is_available()
-    if requested == "cuda" and not has_gpu:
-        raise InputError("engine.device=cuda: this process sees no GPU; use engine.device=cpu or auto")
-    return torch.device("cuda" if has_gpu and requested != "cpu" else "cpu")
+HOSTS: list[dist.ProcessGroup] = []  # the gloo group of `session`; empty outside of one
 
 
 def free_memory(device: torch.device) -> int:
@@ -44,14 +32,20 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def is_main() -> bool:
-    """Whether this process is rank 0: the one that writes and speaks."""
-    return rank() == 0
-
-
 def world_size() -> int:
     """Number of ranks, 1 without a process group."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes files and talks to people."""
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print a line, on rank 0 only."""
+    if is_main():
+        print(text, flush=True)
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -66,3 +60,28 @@ def all_max(x: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' numbers; collective, on the hosts."""
+    if not is_distributed():
+        return value
+    numbers = torch.tensor(value)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_hosts())
+    return int(numbers)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is true on any rank; collective, on the hosts."""
+    return bool(largest(int(flag)))
+
+
+def barrier() -> None:
+    """Wait until all ranks are here; on the hosts."""
+    if is_distributed():
+        dist.barrier(group=_hosts())
+
+
+def _hosts() -> dist.ProcessGroup | None:
+    """The hosts' group; None, the default group, where something else has started the process group."""
+    return HOSTS[0] if HOSTS else None

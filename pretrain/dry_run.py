@@ -27,6 +27,7 @@ from pretrain.run.ceiling import matrix_ceiling
 from pretrain.run.flops import flops_per_image
 from pretrain.run.footprint import Footprint, crop_bytes, footprint, peak_memory, used_memory
 from pretrain.run.profiling import PhaseTimer
+from pretrain.session import pick_device
 from pretrain.start import build_branches, fill_weights
 
 STEPS = 3  # of each size; the first is warm-up
@@ -46,7 +47,7 @@ def dry_run(cfg: Config) -> int:
     Raises:
         InputError: the model's state or its smallest step does not fit the memory.
     """
-    device = distributed.pick_device(cfg.engine.device)
+    device = pick_device(cfg.engine.device)
     cfg = _without_missing_export(cfg)
     _say(_shards_line(cfg))
     memory = _refuse_impossible(cfg, device)

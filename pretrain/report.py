@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
 
+from rich.console import Console
 from torch import Tensor
 
 from pretrain.analysis.features import knn_scores
@@ -15,7 +16,7 @@ from pretrain.analysis.sheet import picture
 from pretrain.config.derived import micro_batch_size
 from pretrain.config.schema import Config
 from pretrain.data.labelled import labelled_batches
-from pretrain.distributed import world_size
+from pretrain.distributed import is_main, world_size
 from pretrain.engines.base import Engine, StepResult
 from pretrain.errors import TrainingError
 from pretrain.method.outputs import Observation
@@ -35,12 +36,16 @@ def prefixed(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
 
 
 class Report:
-    """The voice of one session of a run, as a context manager around its loop."""
+    """The voice of one session of a run, as a context manager around its loop.
+
+    Every rank has one and calls it alike, because means and features are collective; rank 0's alone is heard.
+    """
 
     def __init__(self, cfg: Config, engine: Engine, steps_done: int) -> None:
         self.cfg, self.engine, self.folder = cfg, engine, Path(cfg.run.dir)
-        self.metrics = MetricLog(self.folder, cfg.log.tensorboard, steps_done)
-        self.progress = Progress(cfg.run.steps, steps_done)
+        self.metrics = MetricLog(self.folder if is_main() else None, cfg.log.tensorboard, steps_done)
+        console = Console() if is_main() else Console(quiet=True)
+        self.progress = Progress(cfg.run.steps, steps_done, console)
         self.timer = PhaseTimer(engine.device)
         self.averages, self.throughput = Averages(), Throughput()
         self.watch = CollapseWatch(cfg.optim.warmup_steps, micro_batch_size(cfg, world_size()))
@@ -69,6 +74,9 @@ class Report:
         self, step: int, values: StepValues, observation: Observation, loading: Mapping[str, float]
     ) -> None:
         """Write the window that ends with this step, and say what looks wrong: here the host waits.
+
+        Losses, norms and signals are means over the ranks; times and what the loader counted are rank 0's
+        own. Its wait for data lasts until every rank has its own: see `train.read_steps`.
 
         Args:
             step: optimizer steps done.
@@ -103,7 +111,10 @@ class Report:
         return {"bad_steps": total}
 
     def evaluate(self, step: int) -> None:
-        """k-NN accuracy of the teacher on the labelled shards of `log.knn`, when there are any."""
+        """k-NN accuracy of the teacher on the labelled shards of `log.knn`, when there are any.
+
+        Every rank takes the features of all images: a sharded teacher needs all ranks for each of them.
+        """
         if not self.cfg.log.knn.train:
             return
 
@@ -133,6 +144,8 @@ class Report:
         images = first_images(*place, cfg.number, size, size, *scaling, data.channels, data.decode)
         tokens = self.engine.features(images).patches.float().cpu()
         attention = cls_attention(self.engine.teacher_backbone(), images.to(self.engine.device)).cpu()
+        if not is_main():
+            return
         colours = self._pca(tokens).project(tokens)
         self.metrics.picture(step, "images", picture(images, data.mean, data.std, colours, attention))
 

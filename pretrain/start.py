@@ -121,10 +121,11 @@ def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, loader: Tr
     loader.load_state_dict(data, step)
     old, new = ({key: d[key] for key in ("seed", "num_samples")} for d in (data, loader.state_dict(step)))
     if old != new:
-        print(f"changed since {source}: {_listed(old)} -> {_listed(new)}; the data come in another order now")
+        changes = f"{_listed(old)} -> {_listed(new)}"
+        distributed.say(f"changed since {source}: {changes}; the data come in another order now")
     if facts["global_batch_size"] != batch:
         change = f"{facts['global_batch_size']} -> {batch} images a step"
-        print(f"changed since {source}: {change}; reading goes on at position {data['position']}")
+        distributed.say(f"changed since {source}: {change}; reading goes on at position {data['position']}")
     return step
 
 
@@ -133,7 +134,9 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def record_run(cfg: Config, folder: Path) -> None:
-    """Write the run's config and environment; say what changed since its last start."""
+    """Write the run's config and environment, on rank 0; say what changed since its last start."""
+    if not distributed.is_main():
+        return
     config = folder / "config.yaml"
     if config.exists():
         for change in _changes(config, cfg):

@@ -4,9 +4,12 @@ The file to read first. The loop owns the order of things, the engine execution,
 loader the position in the data.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -21,16 +24,22 @@ from pretrain.engines.fsdp2 import Fsdp2Engine
 from pretrain.engines.single import SingleEngine
 from pretrain.errors import InputError, TrainingError
 from pretrain.export import write_export
+from pretrain.faults import PeerError
 from pretrain.method.branch import SSLBranch
 from pretrain.method.dinov2 import DinoV2
 from pretrain.method.outputs import Observation, share_prototypes
 from pretrain.optim.schedules import Schedules, StepValues
+from pretrain.ranks import detect
 from pretrain.report import Report
 from pretrain.run.checkpoint import Checkpoints
 from pretrain.run.lock import RunLock
 from pretrain.run.preemption import STOPPED, Preemption
 from pretrain.run.profiling import PhaseTimer, StepProfiler
+from pretrain.run.watchdog import Watchdog
+from pretrain.session import pick_device, session
 from pretrain.start import build_branches, fill_weights, load_start, record_run, run_facts
+
+Steps = Generator[tuple[int, list[Batch]], None, None]
 
 
 @dataclass
@@ -48,19 +57,37 @@ class Run:
 
 
 def main(cfg: Config) -> int:
-    """Train a run to its last step from wherever it stands.
+    """Train a run to its last step from wherever it stands: one process, or one of the ranks of a run.
 
     Returns:
         The process's exit status: 0 when the run is finished, `STOPPED` when a signal ended it after a save.
 
     Raises:
         InputError: the config, the data or the run folder cannot be used.
-        TrainingError: too many steps in a row were bad, or the data cannot be read any more.
+        TrainingError: too many steps in a row were bad, the data cannot be read any more, or a rank is gone.
+        SystemExit: another rank failed.
     """
-    with RunLock(Path(cfg.run.dir)), Preemption() as preemption:
-        run = build(cfg)
+    _refuse_more_ranks_than_the_engine_has(cfg)
+    with session(cfg.engine) as device:
+        return _train(cfg, device)
+
+
+def _refuse_more_ranks_than_the_engine_has(cfg: Config) -> None:
+    ranks = detect(os.environ)
+    if cfg.engine.kind == "single" and ranks.world_size > 1:
+        raise InputError(
+            f"engine.kind=single trains in one process, but {ranks.world_size} were started "
+            f"({ranks.source}); use engine.kind=ddp, or start one"
+        )
+
+
+def _train(cfg: Config, device: torch.device) -> int:
+    lock = RunLock(Path(cfg.run.dir)) if distributed.is_main() else nullcontext()
+    with lock, Preemption(cfg.run.preemption_check_every) as preemption:
+        distributed.barrier()  # nobody touches the folder before rank 0 holds its lock
+        run = build(cfg, device)
         if run.step >= cfg.run.steps:
-            print(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
+            distributed.say(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
             return 0
         try:
             with Report(cfg, run.engine, run.step) as report:
@@ -69,12 +96,18 @@ def main(cfg: Config) -> int:
             raise InputError(
                 f"the device's memory is full; raise engine.accumulation_steps ({error})"
             ) from error
+        distributed.barrier()  # the lock covers what the other ranks still write
     return 0 if run.step >= cfg.run.steps else STOPPED
 
 
-def build(cfg: Config) -> Run:
-    """Data, model, engine and folder of a run, in the state that it starts from."""
-    device = distributed.pick_device(cfg.engine.device)
+def build(cfg: Config, device: torch.device | None = None) -> Run:
+    """Data, model, engine and folder of a run, in the state that it starts from; collective.
+
+    Args:
+        cfg: of the run.
+        device: of this rank; default: what `engine.device` says of a single process.
+    """
+    device = device or pick_device(cfg.engine.device)
     rank, world_size = distributed.rank(), distributed.world_size()
     micro_batch = micro_batch_size(cfg, world_size)
     loader = TrainLoader(cfg, device, micro_batch, rank, world_size, Path(cfg.run.dir))
@@ -103,13 +136,14 @@ def build_engine(
 
 
 def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
-    """The training loop: one optimizer step per turn, and what is due after it."""
+    """The training loop: one optimizer step per turn, and what is due after it; the same on every rank."""
     cfg, timer = run.cfg, report.timer
     if run.step == 0 and cfg.log.knn.every:
         report.evaluate(run.step)
-    profiler = StepProfiler(run.folder / "tensorboard", cfg.log.profile_steps, run.step)
+    traced = cfg.log.profile_steps if distributed.is_main() else []
+    profiler = StepProfiler(run.folder / "tensorboard", traced, run.step)
 
-    with profiler:
+    with profiler, Watchdog(run.folder / "stacks", cfg.engine) as watchdog:
         for step, micro_batches in timer.each("data", read_steps(run)):
             values = run.schedules.at(step)
             result, observation = train_step(run, step, values, micro_batches, timer)
@@ -119,27 +153,50 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
 
             if due(run, cfg.log.every):
                 report.write(run.step, values, observation, run.loader.counters.means())
-            if preemption.requested() and run.step < cfg.run.steps:
+            if run.step < cfg.run.steps and preemption.agreed(run.step):
                 save_checkpoint(run)
                 report.progress.say(f"step {run.step}: {preemption.reason}; saved, start again to continue")
                 break
             if due(run, cfg.checkpoint.export_every):
                 export_teacher(run)
-            if due(run, cfg.log.images.every):
-                report.draw(run.step)
-            if due(run, cfg.log.knn.every):
-                report.evaluate(run.step)
+            with watchdog.paused():
+                if due(run, cfg.log.images.every):
+                    report.draw(run.step)
+                if due(run, cfg.log.knn.every):
+                    report.evaluate(run.step)
             if due(run, cfg.checkpoint.every):
                 save_checkpoint(run)  # last: a run that is killed before it does what is missing once more
+            watchdog.step()
 
 
 def read_steps(run: Run) -> Iterator[tuple[int, list[Batch]]]:
-    """The loader's steps. Where it fails the run is saved first: between two steps its state is whole."""
+    """The loader's steps, each when all ranks have theirs.
+
+    Where a loader fails, all ranks save the run first: between two steps its state is whole.
+
+    Raises:
+        InputError, TrainingError: this rank's loader failed.
+        PeerError: another rank's did.
+    """
+    steps = cast(Steps, run.loader.steps(run.step, run.cfg.run.steps))
     try:
-        yield from run.loader.steps(run.step, run.cfg.run.steps)
-    except (InputError, TrainingError):
-        save_checkpoint(run)
-        raise
+        for _ in range(run.step, run.cfg.run.steps):
+            item, error = _next_step(steps)
+            if distributed.any_rank(item is None):
+                save_checkpoint(run)
+                raise error or PeerError("another rank cannot read its data")
+            assert item is not None, "no rank is without one"
+            yield item
+    finally:
+        steps.close()
+
+
+def _next_step(steps: Steps) -> tuple[tuple[int, list[Batch]] | None, Exception | None]:
+    """The next step, or why there is none."""
+    try:
+        return next(steps), None
+    except (InputError, TrainingError) as error:
+        return None, error
 
 
 def train_step(
@@ -183,9 +240,11 @@ def save_checkpoint(run: Run) -> None:
     run.checkpoints.save(run.step, run.engine.state_dict(), data, facts)
 
 
-def export_teacher(run: Run) -> Path:
-    """Write the teacher's backbone as a single file."""
+def export_teacher(run: Run) -> None:
+    """Write the teacher's backbone as a single file, on rank 0; collective."""
     weights = run.engine.full_state_dict("teacher")
+    if not distributed.is_main():
+        return
     backbone = {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     path = run.folder / "exports" / f"teacher_step_{run.step:08d}.safetensors"
-    return write_export(path, backbone, run.cfg.model, {"branch": "teacher", **run_facts(run.cfg, run.step)})
+    write_export(path, backbone, run.cfg.model, {"branch": "teacher", **run_facts(run.cfg, run.step)})

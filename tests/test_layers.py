@@ -22,6 +22,9 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
         "errors",
         "command_line",
         "cluster",
+        "ranks",
+        "faults",
+        "session",
         "processes",
     },
     {"models", "heads", "losses", "method", "optim", "data"},
@@ -30,7 +33,9 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     {"start", "report", "train", "dry_run", "job", "cli", "__main__"},
 ]
 ARROWS = {
-    *{(name, "errors") for name in ("config", "distributed", "cluster", "command_line")},
+    *{(name, "errors") for name in ("config", "ranks", "faults", "cluster", "command_line")},
+    ("faults", "command_line"),
+    *{("session", name) for name in ("config", "distributed", "errors", "faults", "ranks")},
     ("cluster", "config"),
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
     *{("engines", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
@@ -45,7 +50,7 @@ ARROWS = {
     },
 }
 NO_TORCH = [
-    *("config", "cluster", "cli", "command_line", "seeding", "errors"),
+    *("config", "cluster", "cli", "command_line", "seeding", "errors", "ranks"),
     *("data.shards", "data.index", "data.order", "data.remote", "data.retry", "data.cache"),
 ]
 NESTED = {  # only for speed: these answer before torch is imported

@@ -29,7 +29,7 @@ BOUNDS = (
         data.global_crops.size data.local_crops.size data.local_crops.number mask.min_patches
         optim.global_batch_size engine.accumulation_steps engine.fsdp2.replicate checkpoint.every
         checkpoint.keep checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop
-        log.knn.batch_size log.images.number
+        log.knn.batch_size log.images.number run.preemption_check_every
         """,
     ),
     Bound("between 1 and 128", lambda value: 1 <= value <= 128, "data.channels"),  # 128: OpenCV's limit
@@ -43,7 +43,7 @@ BOUNDS = (
         data.workers data.augment.brightness data.augment.contrast data.augment.saturation optim.min_lr
         optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
         optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps checkpoint.keep_every
-        log.knn.every log.images.every log.norms_every
+        log.knn.every log.images.every log.norms_every engine.hang_timeout
         """,
     ),
     Bound(
@@ -52,6 +52,7 @@ BOUNDS = (
         """
         model.ffn_ratio model.layer_scale loss.student_temp teacher.warmup_temp teacher.temp optim.lr
         log.knn.temperature data.worker_timeout data.cache.max_gb data.io_timeout
+        engine.timeout
         """,
     ),
     Bound(

@@ -11,6 +11,7 @@ from pretrain.config.derived import ibot_head, peak_lr, uses_rmlp, vit_shape
 from pretrain.config.schema import (
     Config,
     DataConfig,
+    EngineConfig,
     IbotHeadConfig,
     KnnConfig,
     LossConfig,
@@ -38,6 +39,7 @@ def check(cfg: Config) -> None:
         _check_mask(cfg)
     _check_optim(cfg.optim, cfg.run.steps)
     _check_batch(cfg)
+    _check_timeouts(cfg.engine)
     if cfg.ibot_head.shared:
         _check_unused_ibot(cfg.ibot_head)
     _check_rmlp_switches(cfg)
@@ -162,6 +164,12 @@ def _check_batch(cfg: Config) -> None:
     fault = f"{batch} is not a multiple of engine.accumulation_steps={parts} x data.group_size={group}"
     fix = f"use for example {math.ceil(batch / (parts * group)) * parts * group}"
     _require(batch % (parts * group) == 0, "optim.global_batch_size", f"{fault}; {fix}")
+
+
+def _check_timeouts(engine: EngineConfig) -> None:
+    fault = f"{engine.hang_timeout:g} s is not below engine.timeout={engine.timeout:g}, which ends the run"
+    fix = "lower it, or 0 for never"
+    _require(engine.hang_timeout < engine.timeout, "engine.hang_timeout", f"{fault}; {fix}")
 
 
 def _check_unused_ibot(head: IbotHeadConfig) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 Architecture = Literal["vit_small", "vit_base", "vit_large", "vit_giant2", "custom"]
 HeadKind = Literal["mlp", "rmlp"]
+Recomputed = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class RunConfig:
     dir: str = "runs/default"  # folder of config, metrics, checkpoints and exports; continued when it exists
     steps: int = 125_000  # optimizer steps (DINOv2 short: 100 "epochs" of 1,250)
     seed: int = 0  # every random draw is a function of (seed, purpose, position or step)
+    preemption_check_every: int = 1  # steps between the ranks' agreements on whether a signal ends the run
 
 
 @dataclass(frozen=True)
@@ -240,11 +242,10 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, optimizer and losses stay fp32
     accumulation_steps: int = 1  # micro-batches per optimizer step
-    activation_checkpointing: Literal["none", "selective", "full"] = (
-        "none"  # of the student's blocks, computed
-    )
-    # again in the backward pass: selective = all but matrix products and attention, full = all
+    activation_checkpointing: Recomputed = "none"  # of the student's blocks; selective keeps matrix products
     compile: bool = False  # torch.compile of each block; the first steps take minutes
+    timeout: float = 1800.0  # seconds that a rank waits for the others in a collective before the run ends
+    hang_timeout: float = 900.0  # seconds without a finished step, then each rank writes its stacks; 0 = off
     fsdp2: Fsdp2Config = field(default_factory=Fsdp2Config)
 
 

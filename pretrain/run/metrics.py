@@ -5,12 +5,13 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.distributed import all_sum
 from pretrain.errors import InputError
 from pretrain.run.durable import write_text
 
@@ -38,15 +39,19 @@ class Averages:
             self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def means(self) -> dict[str, float]:
-        """The mean of each name over the times it was added, which are then forgotten; NaN if none counted.
+        """The mean of each name over the times it was added on any rank, which are then forgotten.
 
-        One copy from device to host: the only point of the training loop where the host waits for the device.
+        NaN where none counted. Collective: every rank must have added the same names, in the same order; one
+        reduction for all of them. One copy from device to host: the only point of the training loop where
+        the host waits for the device.
         """
         if not self._sums:
             return {}
-        means = torch.stack([total / self._counts[name] for name, total in self._sums.items()]).tolist()
-        names, self._sums, self._counts = list(self._sums), {}, {}
-        return dict(zip(names, means, strict=True))
+        names = list(self._sums)
+        columns = [torch.stack([values[name] for name in names]) for values in (self._sums, self._counts)]
+        sums, counts = all_sum(torch.stack(columns))
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, (sums / counts).tolist(), strict=True))
 
 
 class Throughput:
@@ -74,11 +79,11 @@ class Throughput:
 class MetricLog:
     """`metrics.jsonl`, one object per line, and the same scalars for TensorBoard in `tensorboard/`."""
 
-    def __init__(self, folder: Path, tensorboard: bool, steps_done: int) -> None:
+    def __init__(self, folder: Path | None, tensorboard: bool, steps_done: int) -> None:
         """Open both for a session, dropping what a killed one wrote for the steps that are now run again.
 
         Args:
-            folder: the run's folder.
+            folder: the run's folder; None = nothing is written: rank 0 alone writes.
             tensorboard: whether to write for TensorBoard as well.
             steps_done: optimizer steps of the checkpoint this session continues from; values of later steps
                 are dropped. 0 = from the start, which drops everything.
@@ -87,6 +92,10 @@ class MetricLog:
             InputError: the folder cannot be written.
         """
         first = steps_done + 1 if steps_done else 0  # a new run may write at step 0, before it trains
+        self._file: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        if folder is None:
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _drop_lines(folder / "metrics.jsonl", first)
@@ -109,8 +118,9 @@ class MetricLog:
         line: dict[str, Any] = {"step": step, **values, **dict.fromkeys(lost)}
         if lost:
             line["nonfinite"] = lost
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -122,7 +132,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Close both; TensorBoard's last points are on the disk after this."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

@@ -86,6 +86,13 @@ REFUSED = [
     (["optim.min_lr=1"], "optim.min_lr: 1.0 is above the peak learning rate 0.005657"),
     (["optim.global_batch_size=100"], "optim.global_batch_size: 100 is not a multiple of"),
     (["engine.accumulation_steps=64"], "optim.global_batch_size: 2048 is not a multiple of"),
+    (
+        ["engine.timeout=900"],
+        "engine.hang_timeout: 900 s is not below engine.timeout=900, which ends the run; lower it",
+    ),
+    (["engine.hang_timeout=-1"], "engine.hang_timeout: must be 0 or more"),
+    (["engine.timeout=0", "engine.hang_timeout=0"], "engine.timeout: must be above 0"),
+    (["run.preemption_check_every=0"], "run.preemption_check_every: must be at least 1"),
     (["ibot_head.prototypes=9"], "ibot_head.prototypes: not used while ibot_head.shared=true"),
     (["rmlp.start_step=3"], "rmlp.start_step: no head is randomized; set dino_head.kind=rmlp"),
     ([*RMLP, "rmlp.start_step=125000"], "rmlp.start_step: 125000 is not below run.steps=125000"),

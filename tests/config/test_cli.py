@@ -26,7 +26,10 @@ TEXTS = {
         "dino_head: {kind: x}",
         "x.yaml: dino_head.kind: Invalid value 'x', expected one of ['mlp', ",
     ),
-    "value for a section": ("run: 3", "x.yaml: run: is a section with the keys dir, steps, seed; got 3"),
+    "value for a section": (
+        "run: 3",
+        "x.yaml: run: is a section with the keys dir, steps, seed, ",
+    ),
     "mapping for a value": ("run: {dir: {a: b}}", "x.yaml: run.dir: needs one value, got {'a': 'b'}"),
     "mapping for a list": ("data: {shards: {a: b}}", "x.yaml: data.shards: needs a list, for example [a, b]"),
     "text in a list of numbers": ("mask: {ratio: [a, 1]}", "x.yaml: mask.ratio[0]: Value 'a' of type 'str'"),

@@ -12,9 +12,9 @@ from pretrain.run.preemption import SIGNALS, Preemption
 def test_a_signal_is_noted_and_named(number):
     before = signal.getsignal(number)
     with Preemption() as preemption:
-        assert not preemption.requested()
+        assert not preemption.agreed(1)
         os.kill(os.getpid(), number)
-        assert preemption.requested()
+        assert preemption.agreed(1)
         assert preemption.reason == f"stopped by {number.name}"
     assert signal.getsignal(number) == before
 
