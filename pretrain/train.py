@@ -60,7 +60,7 @@ def main(cfg: Config) -> int:
             print(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
             return 0
         try:
-            with Report(cfg, run.engine, run.step) as report:
+            with run.checkpoints, Report(cfg, run.engine, run.step) as report:
                 run_loop(run, report, preemption)
         except torch.OutOfMemoryError as error:
             raise InputError(
@@ -80,7 +80,8 @@ def build(cfg: Config) -> Run:
         case "single":
             engine = SingleEngine(student, teacher, method, cfg.optim, cfg.engine, device)
     folder = Path(cfg.run.dir)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.keep_every)
+    keep = cfg.checkpoint
+    checkpoints = Checkpoints(folder / "checkpoints", keep.keep, keep.keep_every, keep.asynchronous)
     step = load_start(cfg, engine, checkpoints, loader)
     record_run(cfg, folder)
     return Run(cfg, folder, engine, method, loader, Schedules(cfg), checkpoints, step)
@@ -105,6 +106,7 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
                 report.write(run.step, values, observation, run.loader.counters.means())
             if preemption.requested() and run.step < cfg.run.steps:
                 save_checkpoint(run)
+                run.checkpoints.finish()
                 report.progress.say(f"step {run.step}: {preemption.reason}; saved, start again to continue")
                 break
             if due(run, cfg.checkpoint.export_every):

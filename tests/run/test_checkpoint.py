@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import InputError
-from pretrain.run.checkpoint import Checkpoints, complete_checkpoints, load_checkpoint, newest_checkpoint
+from pretrain.run.checkpoint import Checkpoints, load_checkpoint
+from pretrain.run.checkpoint_folder import complete_checkpoints, newest_checkpoint
 
 State = dict[str, dict[str, Tensor]]
 
