@@ -80,8 +80,8 @@ def build(cfg: Config) -> Run:
         case "single":
             engine = SingleEngine(student, teacher, method, cfg.optim, cfg.engine, device)
     folder = Path(cfg.run.dir)
-    keep = cfg.checkpoint
-    checkpoints = Checkpoints(folder / "checkpoints", keep.keep, keep.keep_every, keep.asynchronous)
+    options = cfg.checkpoint
+    checkpoints = Checkpoints(folder / "checkpoints", options.keep, options.keep_every, options.asynchronous)
     step = load_start(cfg, engine, checkpoints, loader)
     record_run(cfg, folder)
     return Run(cfg, folder, engine, method, loader, Schedules(cfg), checkpoints, step)
