@@ -6,8 +6,8 @@
 The state is that of a backbone without heads: student, teacher and the two moments of AdamW in fp32, plain in
 one process, sharded over several. After each save steps of training, matrix products on every rank and a sum
 over ranks, run until it is written, and then a few more. The two ways take turns after a warm-up turn.
-Standstill is the time of the call that saves; a step beside a write is compared with one beside none. The last
-line is one JSON object.
+Standstill is the time of the call that saves; a step beside a write is compared with one beside none. The
+last line is one JSON object.
 """
 
 import argparse
