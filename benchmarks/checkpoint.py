@@ -33,6 +33,7 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.run.checkpoint import Checkpoints
 
 GIVE_UP_SECONDS = 600  # a save that is not written by then has failed: waiting for it tells why
+TINY: dict[str, Any] = {"arch": "custom", "embed_dim": 64, "depth": 2, "num_heads": 2}
 WAYS = ("at once", "behind training")
 State = dict[str, dict[str, Tensor]]
 Figures = dict[str, Any]
@@ -42,7 +43,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="checkpoint.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("--arch", default="vit_base", choices=["vit_small", "vit_base", "vit_large"])
+    parser.add_argument("--arch", default="vit_base", choices=["tiny", "vit_small", "vit_base", "vit_large"])
     parser.add_argument("--ranks", type=int, default=1, help="processes; more than one share the state")
     parser.add_argument(
         "--repeats", type=int, default=5, help="saves of each way after a warm-up (default 5)"
@@ -54,8 +55,9 @@ def parse() -> argparse.Namespace:
 
 def build_state(arch: str, sharded: bool) -> State:
     """Names, shapes and dtypes of a run's state; the values are noise."""
+    model_config = ModelConfig(**TINY) if arch == "tiny" else ModelConfig(arch=arch)
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in VisionTransformer(ModelConfig(arch=arch)).state_dict().items()}
+        shapes = {k: v.shape for k, v in VisionTransformer(model_config).state_dict().items()}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if sharded else None
 
     def tensor(shape: torch.Size) -> Tensor:
