@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 # Waiting OpenMP threads sleep: on shared cores spinning ones slow everything down by far more than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-gpu format lint types docs
+.PHONY: setup demo test test-gpu drill format lint types docs
 
 setup: $(INSTALLED)
 
@@ -24,10 +24,13 @@ demo: setup
 	$(BIN)/python tools/demo.py
 
 test: setup lint types
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not drill"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+drill: setup
+	$(BIN)/python -m pytest -m drill
 
 format: setup
 	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .

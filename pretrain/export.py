@@ -1,7 +1,8 @@
 """Single-file weights: the one place that writes and reads them.
 
 An export is a safetensors file that also says how to build the model its tensors fit, so it serves alone. The
-same description stands beside it as `.json`, for people and scripts; reading never needs it.
+same description stands beside it as `.json`, for people and scripts; reading never needs it. For other
+programs the weights can be a `.pth` file, a plain state dict; this project does not read that form.
 """
 
 import json
@@ -9,17 +10,23 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.config.load import load_config
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
+from pretrain.models.vit import VisionTransformer
+from pretrain.run.checkpoint import read_document
+from pretrain.run.checkpoint_folder import require_complete
 from pretrain.run.durable import publish, write_text
+from pretrain.run.tensors import read_tensors
 
 FORMAT = "pretrain-export-1"
 ENTRY = "pretrain"  # our entry in the safetensors metadata
@@ -43,23 +50,53 @@ def write_export(
     weights come from this file now.
 
     Raises:
-        InputError: `path` does not end in .safetensors, or cannot be written.
+        InputError: `path` does not end in .safetensors or .pth, or cannot be written.
     """
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: an export is named *.safetensors")
+    check_name(path)
     section = asdict(replace(model, init_from=""))
     text = json.dumps({"format": FORMAT, "model": section, "about": dict(about)}, indent=1)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_separate(state), temporary, metadata={"format": "pt", ENTRY: text})
+        if path.suffix == ".pth":
+            torch.save(_separate(state), temporary)
+        else:
+            save_file(_separate(state), temporary, metadata={"format": "pt", ENTRY: text})
         publish(temporary, path)
         write_text(path.with_suffix(".json"), text + "\n")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer: a RuntimeError
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: the export cannot be written ({error})") from error
     return path
+
+
+def export_checkpoint(checkpoint: Path, branch: Literal["student", "teacher"], target: Path) -> Path:
+    """Write one branch's backbone from a checkpoint of any engine as an export; returns `target`.
+
+    No process group is needed. The `model` section is that of the config.yaml in the checkpoint's run folder.
+
+    Raises:
+        InputError: the checkpoint is not complete or damaged, the config is missing or describes another
+            model, or the target cannot be written.
+    """
+    check_name(target)
+    require_complete(checkpoint)
+    config = checkpoint.resolve().parents[1] / "config.yaml"
+    model, about = load_config(config).model, read_document(checkpoint / "run.json")
+    state = read_tensors(checkpoint / "model", f"{branch}.backbone.")
+    _check_fit(checkpoint, state, config, model)
+    return write_export(target, state, model, {"branch": branch, **about})
+
+
+def check_name(path: Path) -> None:
+    """Refuse a name that no export can have.
+
+    Raises:
+        InputError: it ends in neither .safetensors nor .pth.
+    """
+    if path.suffix not in (".safetensors", ".pth"):
+        raise InputError(f"{path}: an export is named *.safetensors or *.pth")
 
 
 def read_export(path: Path) -> Export:
@@ -89,6 +126,21 @@ def _separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         separate[name] = own.clone() if address in seen else own
         seen.add(address)
     return separate
+
+
+def _check_fit(checkpoint: Path, state: Mapping[str, Tensor], config: Path, model: ModelConfig) -> None:
+    """Refuse a config whose model has other weights: the export would not say how to build its own."""
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in VisionTransformer(model).state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in state.items()}
+    differing = sorted(name for name in {*wanted, *given} if wanted.get(name) != given.get(name))
+    if differing:
+        name = differing[0]
+        raise InputError(
+            f"{config}: its model section is not that of {checkpoint}: {len(differing)} tensors differ, as "
+            f"{name} ({wanted.get(name, 'missing')} by the config, {given.get(name, 'missing')} stored); "
+            "put the config.yaml of the run that wrote the checkpoint there"
+        )
 
 
 def _description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

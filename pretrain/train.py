@@ -90,7 +90,7 @@ def _train(cfg: Config, device: torch.device) -> int:
             distributed.say(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
             return 0
         try:
-            with Report(cfg, run.engine, run.step) as report:
+            with run.checkpoints, Report(cfg, run.engine, run.step) as report:
                 run_loop(run, report, preemption)
         except torch.OutOfMemoryError as error:
             raise InputError(
@@ -115,7 +115,8 @@ def build(cfg: Config, device: torch.device | None = None) -> Run:
     engine = build_engine(cfg, student, teacher, method, device)
     fill_weights(cfg, student, teacher)
     folder = Path(cfg.run.dir)
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, cfg.checkpoint.keep_every)
+    options = cfg.checkpoint
+    checkpoints = Checkpoints(folder / "checkpoints", options.keep, options.keep_every, options.asynchronous)
     step = load_start(cfg, engine, checkpoints, loader)
     record_run(cfg, folder)
     return Run(cfg, folder, engine, method, loader, Schedules(cfg), checkpoints, step)
@@ -155,6 +156,7 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
                 report.write(run.step, values, observation, run.loader.counters.means())
             if run.step < cfg.run.steps and preemption.agreed(run.step):
                 save_checkpoint(run)
+                run.checkpoints.finish()
                 report.progress.say(f"step {run.step}: {preemption.reason}; saved, start again to continue")
                 break
             if due(run, cfg.checkpoint.export_every):

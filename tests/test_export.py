@@ -125,8 +125,8 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="the export cannot be written"):
         write_export(tmp_path / "file" / "a.safetensors", STATE, MODEL, {})
-    with pytest.raises(InputError, match=r"a\.pth: an export is named \*\.safetensors"):
-        write_export(tmp_path / "a.pth", STATE, MODEL, {})
+    with pytest.raises(InputError, match=r"a\.bin: an export is named \*\.safetensors or \*\.pth"):
+        write_export(tmp_path / "a.bin", STATE, MODEL, {})
 
 
 def test_files_that_are_no_export_say_what_they_are(tmp_path: Path) -> None:

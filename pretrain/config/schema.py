@@ -256,6 +256,7 @@ class CheckpointConfig:
     every: int = 3_750  # steps between checkpoints; the last step is always saved
     keep: int = 3  # newest checkpoints kept
     keep_every: int = 0  # checkpoints at multiples of this many steps are never removed; 0 = none
+    asynchronous: bool = False  # write a copy behind training: standstill for memory, see docs/checkpoints.md
     export_every: int = 12_500  # steps between exports of the teacher's backbone; also at the last step
     resume_from: str = ""  # step_* folder of another run to start from, while this run has no checkpoint
 

@@ -1,185 +1,169 @@
-"""Training checkpoints: written whole or not at all; the newest whole one is found after any crash.
+"""Training checkpoints of any engine and any number of ranks: written whole or not at all.
 
-    checkpoints/step_00010000/  model/ optim/  data.json  run.json  COMPLETE
-    checkpoints/latest -> step_00010000
-
-`step_*.tmp` is being written or removed; `step_*.old` is being replaced by a second save of its step.
+What a checkpoint is on the disk stands in `checkpoint_folder.py`. Saving and loading are collective when a
+process group runs: every rank writes its part, rank 0 the rest, and a failure of one rank is raised by all.
 """
 
 import json
-import re
-import shutil
+import sys
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from torch import Tensor
 
+from pretrain.distributed import rank, world_size
 from pretrain.errors import InputError
-from pretrain.run.durable import sync
-from pretrain.run.tensors import check_tensors, load_tensors, save_tensors
+from pretrain.run.checkpoint_folder import CheckpointFolder, newest_checkpoint, require_complete
+from pretrain.run.staging import Staging, own_share
+from pretrain.run.tensors import check_tensors, kinds, load_tensors, save_tensors
+from pretrain.run.together import Together
 
-PARTS = ("model", "optim")
-COMPLETE = "COMPLETE"  # an empty file, written last
+State = Mapping[str, Mapping[str, Tensor]]  # {"model": {name: tensor}, "optim": {name: tensor}}
 
 
 class Checkpoints:
-    """The checkpoints that one training process writes and prunes.
+    """The checkpoints that one run writes and prunes; as a context manager it waits for the last at its exit.
 
-    Only that process may make this object: it removes what a killed save left. To look for a checkpoint from
-    elsewhere, call `newest_checkpoint`.
+    Only that run may make this object: it removes what a killed save left. To look for a checkpoint from
+    elsewhere, call `newest_checkpoint`. All methods are collective.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int) -> None:
+    def __init__(self, folder: Path, keep: int, keep_every: int, asynchronous: bool = False) -> None:
         """Make the folder, and clean up after a killed save.
 
         Args:
             folder: the run's `checkpoints` folder.
             keep: newest checkpoints kept, at least the one just written.
             keep_every: checkpoints at multiples of this many steps are never removed; 0 = none.
+            asynchronous: a save copies the tensors and returns; a thread writes the copy.
 
         Raises:
             InputError: the folder cannot be made or cleaned.
         """
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.folder, self.asynchronous = folder, asynchronous
+        self._disk = CheckpointFolder(folder, keep, keep_every)
+        self._together, self._staging = Together(), Staging()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # Python's exit waits for it
+        self._pending: Future[None] | None = None
+        self._together.first(self._disk.prepare)
+
+    def __enter__(self) -> Self:
+        """Nothing to do."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for a save under way. Its failure is raised, beside another error only told."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._clean()
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be used for checkpoints ({error}); set run.dir") from error
+            self.finish()
+        except Exception as failure:
+            if error is None:
+                raise
+            print(failure, file=sys.stderr)
 
     def newest(self) -> Path | None:
-        """The complete checkpoint of the highest step, or None."""
-        return newest_checkpoint(self.folder)
+        """The complete checkpoint of the highest step, or None; rank 0 looks for all."""
+        self.finish()
+        return self._together.first(lambda: newest_checkpoint(self.folder))
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        data: Mapping[str, Any],
-        run: Mapping[str, Any],
-    ) -> Path:
+    def save(self, step: int, tensors: State, data: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
         """Write the checkpoint of a step, replacing an older one of that step, and prune; returns its folder.
+
+        An asynchronous save first waits for the one before. Its folder appears when it is complete; what is
+        written are the values of this call.
 
         Args:
             step: optimizer steps done.
-            tensors: `{"model": {name: tensor}, "optim": {name: tensor}}`.
-            data: position in the data, for data.json.
-            run: what else resuming needs or a reader wants to know, for run.json.
+            tensors: `{"model": {name: tensor}, "optim": {name: tensor}}`, the same names on all ranks: plain
+                tensors that are equal on all of them, or distributed ones (DTensor).
+            data: position in the data, for data.json; rank 0's counts.
+            run: what else resuming needs or a reader wants to know, for run.json; likewise.
 
         Raises:
-            InputError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+            InputError: the disk is full or the folder cannot be written, on this or another rank, now or at
+                the asynchronous save before; earlier checkpoints are untouched.
         """
+        self.finish()
         documents = {"data.json": json.dumps(data, indent=1), "run.json": json.dumps(run, indent=1)}
-        final = self.folder / f"step_{step:08d}"
+        if not self._together.same({part: kinds(named) for part, named in tensors.items()}):
+            raise RuntimeError("the ranks would save tensors of different names, shapes or types")
+        share = {part: own_share(named, rank(), world_size()) for part, named in tensors.items()}
+        if self.asynchronous:
+            copies = self._together.every(lambda: self._staging.copy(share))
+            self._pending = self._thread.submit(self._write, step, copies, documents)
+        else:
+            self._write(step, share, documents)
+        return self._disk.step(step)
+
+    def finish(self) -> None:
+        """Wait for an asynchronous save under way.
+
+        Raises:
+            InputError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, tensors: State, documents: Mapping[str, str]) -> None:
+        """Every rank writes its tensors, then rank 0 makes a checkpoint of them."""
         try:
-            self._clean()
-            temporary = final.with_suffix(".tmp")
-            _write(temporary, tensors, documents)
-            self._publish(temporary, final)
-            self._prune(final)
-        except OSError as error:
-            raise self._failed(step, error) from error
-        return final
-
-    def _publish(self, temporary: Path, final: Path) -> None:
-        """Give a whole checkpoint its name. A kill between the first two renames is undone by `_clean`."""
-        replaced = final.with_suffix(".old")
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
-        sync(self.folder)
-        _remove(replaced)
-        link = self.folder / "latest.tmp"
-        link.symlink_to(final.name)
-        link.replace(self.folder / "latest")
-        sync(self.folder)
-
-    def _prune(self, written: Path) -> None:
-        """Remove all but the newest `keep`, those at multiples of `keep_every`, and the one just written."""
-        complete = complete_checkpoints(self.folder)
-        for path in complete[: max(0, len(complete) - self.keep)]:
-            kept_for_good = self.keep_every > 0 and _step(path) % self.keep_every == 0
-            if path != written and not kept_for_good:
-                # renamed first: a kill halfway must not leave a COMPLETE beside half of the files
-                _remove(path.rename(path.with_suffix(".tmp")))
-
-    def _clean(self) -> None:
-        """Undo a save or a removal that was killed."""
-        for replaced in self.folder.glob("step_*.old"):
-            final = replaced.with_suffix("")
-            if (final / COMPLETE).exists():
-                _remove(replaced)
-            else:
-                _remove(final)
-                replaced.rename(final)
-        for temporary in self.folder.glob("*.tmp"):
-            _remove(temporary)
-
-    def _failed(self, step: int, error: OSError) -> InputError:
-        """One line about a save that failed, after taking back what it left."""
-        try:
-            self._clean()
-        except OSError as again:
-            error.add_note(f"cleaning up failed as well: {again}")
-        last = self.newest()
-        rest = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        return InputError(
-            f"{self.folder}: saving step {step} failed ({error}); {rest}. "
-            "Make room or set another run.dir, then start again"
-        )
+            temporary = self._together.first(lambda: self._disk.begin(step))
+            for part, named in tensors.items():
+                save_tensors(temporary / part, named, self._together.group)
+            self._together.first(lambda: self._disk.complete(step, documents))
+        except OSError as error:  # raised by all ranks, so all come here
+            failure = error
+        else:
+            return
+        raise self._together.first(lambda: self._disk.failed(step, failure)) from failure
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder that have the COMPLETE file, by rising step."""
-    found = [path for path in folder.glob("step_*") if _step(path) >= 0 and (path / COMPLETE).is_file()]
-    return sorted(found, key=_step)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step, or None; the link `latest` is for people, not trusted."""
-    return next(reversed(complete_checkpoints(folder)), None)
-
-
-def load_checkpoint(
-    path: Path, tensors: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(path: Path, tensors: State) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fill tensors in place from a checkpoint; returns the contents of its data.json and run.json.
+
+    Collective. It does not matter how many ranks wrote it, and which of its tensors were distributed.
 
     Args:
         path: a `step_*` folder, or a link to one.
         tensors: as for `Checkpoints.save`; with "model" alone the optimizer's are left out.
 
     Raises:
-        InputError: the folder is not a complete checkpoint, is damaged, or does not hold exactly these names,
-            shapes and dtypes. Nothing is filled unless all parts fit.
+        InputError: on every rank, when for one of them the folder is not a complete checkpoint, is damaged,
+            or does not hold exactly these names, shapes and dtypes. Nothing is filled unless all parts fit.
     """
-    if not (path / COMPLETE).is_file():
-        raise InputError(
-            f"{path}: is not a complete checkpoint; name a step_* folder with a file {COMPLETE} in it"
-        )
-    documents = _read_json(path / "data.json"), _read_json(path / "run.json")
-    for part, named in tensors.items():
-        check_tensors(path / part, named)
-    for part, named in tensors.items():
-        load_tensors(path / part, named)
+    together = Together()
+    try:
+        documents = together.every(lambda: _check(path, tensors))
+        together.every(lambda: _fill(path, tensors))
+    finally:
+        together.close()
     return documents
 
 
-def _write(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, str]) -> None:
-    folder.mkdir()
-    for part in PARTS:
-        save_tensors(folder / part, tensors[part])
-    for name, text in documents.items():
-        (folder / name).write_text(text + "\n")
-    for path in folder.rglob("*"):
-        sync(path)
-    (folder / COMPLETE).touch()
-    sync(folder / COMPLETE)
-    sync(folder)
+def _check(path: Path, tensors: State) -> tuple[dict[str, Any], dict[str, Any]]:
+    require_complete(path)
+    documents = read_document(path / "data.json"), read_document(path / "run.json")
+    for part, named in tensors.items():
+        check_tensors(path / part, named)
+    return documents
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _fill(path: Path, tensors: State) -> None:
+    for part, named in tensors.items():
+        load_tensors(path / part, named)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """One of a checkpoint's JSON files.
+
+    Raises:
+        InputError: it cannot be read, or holds something else than an object.
+    """
     try:
         contents = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -187,17 +171,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise InputError(f"{path}: is not a JSON object; continue from another checkpoint")
     return contents
-
-
-def _step(path: Path) -> int:
-    """Optimizer steps done in a checkpoint folder, from its name; -1 for another name."""
-    match = re.fullmatch(r"step_(\d{8,})", path.name)
-    return int(match[1]) if match else -1
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, link or folder; what a network disk does not give up is tried again at the next save."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

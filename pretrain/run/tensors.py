@@ -1,4 +1,4 @@
-"""Named tensors in a folder, in the format of torch.distributed.checkpoint (DCP), for one process.
+"""Named tensors in a folder, in the format of torch.distributed.checkpoint (DCP).
 
 The folder holds tensors only: DCP would pickle anything else. Its `.metadata` is a pickle all the same: load
 only folders you trust.
@@ -9,54 +9,86 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from pretrain.errors import InputError
 
 SHOWN = 3  # names of a kind in an error line
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of any shape, dtype and device, bit for bit. Nothing is flushed to the disk.
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Write tensors of any shape, dtype and device, bit for bit; each rank flushes its files to the disk.
+
+    Collective over `group`; None = this process alone. A plain tensor is given by one rank, a distributed one
+    by all that hold a part of it.
 
     Raises:
-        TypeError: a value is not a tensor.
-        OSError: the disk is full, or the folder cannot be written.
+        OSError: on every rank, when on one of them the disk is full or the folder cannot be written.
     """
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"checkpoint tensor {name!r} is a {type(tensor).__name__}")
-    writer = FileSystemWriter(folder, sync_files=False)
-    with _alone():
-        save(dict(tensors), storage_writer=writer, no_dist=True)
+    with _own_failures():
+        save(dict(tensors), storage_writer=_Writer(folder), process_group=group, no_dist=group is None)
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill the given tensors in place. Call `check_tensors` first: DCP converts another dtype without a word.
+    """Fill the given tensors in place, of distributed ones the part that this rank holds. Not collective.
+
+    Call `check_tensors` first: DCP converts another dtype without a word.
 
     Raises:
         InputError: a file is missing or damaged; some tensors may have been filled.
     """
     try:
-        with _alone():
+        with _own_failures():
             load(dict(tensors), storage_reader=FileSystemReader(folder), no_dist=True)
     except Exception as error:  # a damaged file fails in whichever way its bytes lead to
         raise _damaged(folder, error) from error
 
 
+def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The whole tensors whose names begin with `prefix`, by the rest of the name, on the CPU.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in _entries(folder).items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    load_tensors(folder, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Dtype and (whole) shape of each tensor.
+
+    Raises:
+        TypeError: a value is not a tensor.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"checkpoint tensor {name!r} is a {type(tensor).__name__}")
+    return {name: _kind(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
 def check_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and dtypes with those stored, reading no tensor.
+    """Compare names, whole shapes and dtypes with those stored, reading no tensor.
 
     Raises:
         InputError: they differ, or the folder's metadata is missing or damaged.
     """
     stored = _stored(folder)
-    wanted = {name: _kind(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    wanted = kinds(tensors)
     changed = [name for name in wanted if name in stored and wanted[name] != stored[name]]
     differences = [
         _listed("not in it", [name for name in wanted if name not in stored]),
@@ -71,16 +103,19 @@ def check_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _stored(folder: Path) -> dict[str, str]:
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except Exception as error:  # a damaged pickle fails in whichever way its bytes lead to
-        raise _damaged(folder, error) from error
     return {
         name: _kind(tuple(entry.size), entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
         else "not a tensor"
-        for name, entry in metadata.state_dict_metadata.items()
+        for name, entry in _entries(folder).items()
     }
+
+
+def _entries(folder: Path) -> dict[str, STORAGE_TYPES]:
+    try:
+        return FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # a damaged pickle fails in whichever way its bytes lead to
+        raise _damaged(folder, error) from error
 
 
 def _kind(shape: tuple[int, ...], dtype: object) -> str:
@@ -101,19 +136,32 @@ def _damaged(folder: Path, error: Exception) -> InputError:
     )
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """DCP for one process: no warning about that, and failures raised as what they are.
+class _Writer(FileSystemWriter):
+    """Writes one file a rank and flushes it."""
 
-    DCP wraps every failure, Ctrl-C included, in a BaseException whose text is a traceback. A full disk is an
-    OSError behind a RuntimeError of the zip writer.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """As the base class; a full disk, there a RuntimeError of the zip writer, is the OSError behind it.
+
+        It must be found here: an error that goes to another rank leaves its causes behind.
+        """
         try:
-            yield
-        except CheckpointException as error:
-            raise _cause(next(iter(error.failures.values()))[0]) from None
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise _cause(error) from None
+
+
+@contextmanager
+def _own_failures() -> Iterator[None]:
+    """DCP's failures as what they are: it wraps each, Ctrl-C included, in a BaseException with a traceback.
+
+    A failure of one rank is raised by all. The filter stays: to take it back in a thread would undo what the
+    main thread does with filters at the same time.
+    """
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable", UserWarning)
+    try:
+        yield
+    except CheckpointException as error:
+        raise _cause(error.failures[min(error.failures)][0]) from None
 
 
 def _cause(failure: BaseException) -> BaseException:

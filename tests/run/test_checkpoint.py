@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import InputError
-from pretrain.run.checkpoint import Checkpoints, complete_checkpoints, load_checkpoint, newest_checkpoint
+from pretrain.run.checkpoint import Checkpoints, load_checkpoint
+from pretrain.run.checkpoint_folder import complete_checkpoints, newest_checkpoint
 
 State = dict[str, dict[str, Tensor]]
 
@@ -379,3 +380,57 @@ def test_ctrl_c_in_a_save_is_still_ctrl_c(tmp_path: Path, monkeypatch: pytest.Mo
     assert checkpoints.newest() == tmp_path / "step_00000001"
     monkeypatch.undo()
     assert loaded(save(checkpoints, 2)) == 2  # over what the first attempt left
+
+
+def test_an_asynchronous_save_writes_the_values_of_its_call(tmp_path: Path) -> None:
+    state = {"model": {"w": torch.zeros(4_000_000), "turned": torch.zeros(300, 200).t()}, "optim": {}}
+    with Checkpoints(tmp_path, 9, 0, asynchronous=True) as checkpoints:
+        for step in (1, 2, 3):
+            for tensor in state["model"].values():
+                tensor.fill_(step)
+            path = checkpoints.save(step, state, {}, {})
+            state["model"]["w"].fill_(-step)  # long before 16 MB are written
+            assert step == 1 or (tmp_path / f"step_{step - 1:08d}" / "COMPLETE").exists()
+    for step in (1, 2, 3):
+        load_checkpoint(tmp_path / f"step_{step:08d}", state)
+        assert all((tensor == step).all() for tensor in state["model"].values())
+    assert path == tmp_path / "step_00000003"
+    assert names(tmp_path) == ["latest", *(f"step_{step:08d}" for step in (1, 2, 3))]
+
+
+def test_tensors_that_change_their_shape_are_copied_anew(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, 9, 0, asynchronous=True) as checkpoints:
+        for step, w in ((1, torch.ones(3)), (2, torch.ones(5)), (3, torch.ones(5).half())):
+            checkpoints.save(step, {"model": {"w": w}, "optim": {}}, {}, {})
+    into = {"model": {"w": torch.zeros(5).half()}, "optim": {}}
+    load_checkpoint(tmp_path / "latest", into)
+    assert into["model"]["w"].all()
+
+
+def test_a_failure_behind_training_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, 0, asynchronous=True)
+    save(checkpoints, 1)
+    checkpoints.finish()
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    save(checkpoints, 2)
+    with pytest.raises(InputError, match=r"saving step 2 failed .*there is no earlier checkpoint") as caught:
+        save(checkpoints, 3)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    checkpoints.finish()  # told once
+    save(checkpoints, 4)
+    assert loaded(checkpoints.newest() or tmp_path) == 4
+
+
+def test_the_exit_raises_a_failure_unless_another_error_is_under_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(InputError, match="saving step 1 failed"), Checkpoints(folder, 3, 0, True) as one:
+        folder.rmdir()
+        save(one, 1)
+    with pytest.raises(KeyError), Checkpoints(folder, 3, 0, True) as one:
+        folder.rmdir()
+        save(one, 1)
+        raise KeyError
+    assert "saving step 1 failed" in capsys.readouterr().err
