@@ -137,8 +137,8 @@ def head_config(kind, s: dict, **more):
     )
 
 
-def golden_batch(arrays: dict, step: int, size: int) -> Batch:
-    data = section(arrays, f"step{step}/rank0/")
+def golden_batch(arrays: dict, step: int, size: int, rank: int = 0) -> Batch:
+    data = section(arrays, f"step{step}/rank{rank}/")
     return Batch(drop_global=None, drop_local=None, group_size=size, position=step * size, **data)
 
 

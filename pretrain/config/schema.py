@@ -6,7 +6,7 @@ loss, teacher, data, mask, optim), efficiency (engine), orchestration (run, chec
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Architecture = Literal["vit_small", "vit_base", "vit_large", "vit_giant2", "custom"]
 HeadKind = Literal["mlp", "rmlp"]
@@ -226,13 +226,23 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DeepspeedConfig:
+    """DeepSpeed's ZeRO, with engine.kind=deepspeed: what is split over the devices, and where it lies."""
+
+    stage: Literal[1, 2, 3] = 2  # 1: optimizer state is split; 2: gradients too; 3: weights of both branches too
+    offload_optimizer: Literal["none", "cpu"] = "none"  # cpu: optimizer state and its step on the host
+    extra: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own settings, merged last
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How the step is executed; nothing here changes results beyond rounding."""
 
-    kind: Literal["single"] = "single"  # one process, one device
+    kind: Literal["single", "deepspeed"] = "single"  # single: one process, one device
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, optimizer and losses stay fp32
     accumulation_steps: int = 1  # micro-batches per optimizer step
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
 
 
 @dataclass(frozen=True)
