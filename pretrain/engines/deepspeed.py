@@ -5,7 +5,9 @@ state are those of the other engines.
 """
 
 import logging
+import warnings
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
@@ -19,12 +21,14 @@ from pretrain.batch import Batch
 from pretrain.config.schema import EngineConfig, OptimConfig
 from pretrain.distributed import world_size
 from pretrain.engines.base import StepResult
+from pretrain.engines.deepspeed_checkpoint import load_optimizer, save_optimizer
 from pretrain.engines.deepspeed_config import deepspeed_settings, teacher_settings
-from pretrain.engines.deepspeed_start import BuildLock, extensions_folder
+from pretrain.engines.deepspeed_environment import BuildLock, extensions_folder
 from pretrain.engines.guard import StepGuard
 from pretrain.engines.zero import (
     Gradients,
     grouped_by_child,
+    layer_norms,
     set_parameters,
     total_norms,
     whole_parameters,
@@ -38,7 +42,8 @@ from pretrain.optim.schedules import StepValues
 
 def start_communication() -> None:
     """Let DeepSpeed use the process group that is running; compiles its extension for CPUs when it must."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every step that we let it skip
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and __compatible_ops__.get(builder.NAME, False):
         with BuildLock(extensions_folder()):
@@ -152,9 +157,10 @@ class DeepSpeedEngine:
         parameters = self.branches[branch].parameters()
         return [p.ds_tensor for p in parameters] if self.partitioned else list(parameters)
 
+    @torch.no_grad()
     def layer_norms(self) -> dict[str, Tensor]:
-        """See `Engine`."""
-        return {}
+        """See `Engine`; a collective call."""
+        return layer_norms(self.branches["student"], self.unused, self.device)
 
     def teacher_backbone(self) -> VisionTransformer:
         """See `Engine`. Under stage 3 a collective call, and a whole copy until the next step begins."""
@@ -193,6 +199,14 @@ class DeepSpeedEngine:
             for key, value in part.state_dict().items():
                 value.copy_(model[f"{name}.{key}"])
         self.zero.optimizer.refresh_fp32_params()
+
+    def save_native(self, folder: Path) -> None:
+        """See `Engine`."""
+        save_optimizer(self.zero, folder)
+
+    def load_native(self, folder: Path) -> bool:
+        """See `Engine`."""
+        return load_optimizer(self.zero, folder, world_size())
 
     def full_state_dict(self, branch: Literal["student", "teacher"]) -> dict[str, Tensor]:
         """See `Engine`."""

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from deepspeed import zero
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from pretrain.config.schema import OptimConfig
-from pretrain.distributed import all_sum
+from pretrain.distributed import all_sum, rank
 from pretrain.method.branch import SSLBranch
+from pretrain.method.signals import layer_name
 from pretrain.optim.groups import parameter_groups
 
 CHUNK = 64  # parameters gathered at once
@@ -71,6 +73,40 @@ def total_norms(pieces: Mapping[str, list[Tensor]], device: torch.device) -> dic
     ]
     norms = all_sum(torch.stack(squares)).sqrt() if squares else torch.zeros(0, device=device)
     return dict(zip(pieces, norms.unbind(), strict=True))
+
+
+def layer_norms(student: nn.Module, unused: set[str], device: torch.device) -> dict[str, Tensor]:
+    """Norms of weights and gradients per layer, named as by `method.signals.norms`; one reduction.
+
+    Args:
+        student: between `backward` and the step.
+        unused: sub-modules without a gradient in this step.
+        device: of the result.
+    """
+    squares: dict[str, Tensor] = {}
+    for name, parameter in student.named_parameters():
+        weight, gradient = _shares(parameter)
+        unit = layer_name(name)
+        found = {f"weight_norm/{unit}": weight}
+        if name.split(".")[0] not in unused:
+            found[f"gradient_norm/{unit}"] = gradient
+        for key, share in found.items():
+            square = share.float().square().sum().to(device)
+            squares[key] = squares[key] + square if key in squares else square
+    total = all_sum(torch.stack(list(squares.values()))).sqrt()
+    return dict(zip(squares, total.unbind(), strict=True))
+
+
+def _shares(parameter: Any) -> tuple[Tensor, Tensor]:
+    """What this rank holds of a parameter and of its gradient, flat; empty where it holds nothing."""
+    if hasattr(parameter, "ds_tensor"):
+        size = parameter.ds_tensor.numel()  # the last shares may be padding
+        real = min(max(parameter.ds_numel - rank() * size, 0), size)
+        return parameter.ds_tensor.flatten()[:real], safe_get_local_grad(parameter).flatten()[:real]
+    held = parameter._hp_mapping
+    if held is None:
+        return torch.zeros(0), torch.zeros(0)
+    return held.get_hp_fragment(), held.get_lp_grad_fragment(parameter._index_in_param_group)
 
 
 def whole_parameters(module: nn.Module, partitioned: bool) -> Iterator[tuple[str, Tensor]]:
