@@ -139,6 +139,8 @@ class DeepSpeedEngine:
         if not self.good:
             self.gradients.make_step_skip()
         self.zero.step()
+        if not self.good:
+            self.gradients.clear()
         self.loss.zero_()
         zeros = {child: torch.zeros((), device=self.device) for child in self.unused}
         return StepResult({**grad_norms, **zeros}, good)

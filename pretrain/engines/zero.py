@@ -40,7 +40,7 @@ class Gradients:
     """This rank's shares of the averaged gradients, between `backward` and the step of a ZeRO optimizer."""
 
     def __init__(self, optimizer: Any, stage: int, offloaded: bool) -> None:
-        self.optimizer, self.offloaded = optimizer, offloaded
+        self.optimizer, self.stage, self.offloaded = optimizer, stage, offloaded
         groups: list[dict[str, Any]] = optimizer.optimizer.param_groups
         if stage == 3:  # the groups are cut into pieces
             self.flat = optimizer.fp32_partitioned_groups_flat
@@ -58,12 +58,20 @@ class Gradients:
         return pieces
 
     def make_step_skip(self) -> None:
-        """Spoil the gradients: a ZeRO optimizer leaves out a step whose gradients are not finite."""
-        for pieces in self.by_child().values():
-            torch._foreach_mul_(pieces, float("nan"))
-        if self.offloaded:  # its norm was taken when the gradients were copied to the host
+        """Let the coming step be left out, as a ZeRO optimizer does when gradients are not finite."""
+        if self.offloaded:  # judged by norms that were taken when the gradients were copied to the host
             known = self.optimizer.norm_for_param_grads
             known.update(dict.fromkeys(known, torch.tensor(float("nan"))))
+            return
+        for pieces in self.by_child().values():
+            torch._foreach_mul_(pieces, float("nan"))
+
+    def clear(self) -> None:
+        """After a step that was left out: buffers that stay hold padding, which nobody would overwrite."""
+        if self.offloaded:
+            torch._foreach_zero_([flat.grad for flat in self.flat])
+        if self.stage == 3:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
 
 
 def total_norms(pieces: Mapping[str, list[Tensor]], device: torch.device) -> dict[str, Tensor]:

@@ -30,9 +30,9 @@ def start(mode, stage, folder, ranks):
     settings = {**os.environ, **shared, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(ranks):
-        log = (folder / f"{mode}_{ranks}_{rank}.log").open("w")
         env = {**settings, "RANK": str(rank)}
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+        with (folder / f"{mode}_{ranks}_{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log))
     try:
         codes = [process.wait(timeout=SECONDS) for process in processes]
     finally:
