@@ -229,7 +229,7 @@ class OptimConfig:
 class DeepspeedConfig:
     """DeepSpeed's ZeRO, with engine.kind=deepspeed: what is split over the devices, and where it lies."""
 
-    stage: Literal[1, 2, 3] = 2  # 1: optimizer state is split; 2: gradients too; 3: weights of both branches too
+    stage: Literal[1, 2, 3] = 2  # split are 1: optimizer state; 2: and gradients; 3: and all weights
     offload_optimizer: Literal["none", "cpu"] = "none"  # cpu: optimizer state and its step on the host
     extra: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own settings, merged last
 

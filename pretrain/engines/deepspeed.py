@@ -6,6 +6,7 @@ state are those of the other engines.
 
 import logging
 import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +96,9 @@ class DeepSpeedEngine:
         self.unused = _unused_heads(self.branches["student"])
         for group in self.optimizer.param_groups:
             if group["child"] in self.unused:
-                group["lr"] = 0.0  # other engines pass over what has no gradient; here it is 0, and would decay
+                group["lr"] = (
+                    0.0  # other engines pass over what has no gradient; here it is 0, and would decay
+                )
 
     def student(self, batch: Batch) -> BranchOutput:
         """See `Engine`."""
@@ -156,7 +159,7 @@ class DeepSpeedEngine:
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     def _held(self, branch: Literal["student", "teacher"]) -> list[Tensor]:
-        parameters = self.branches[branch].parameters()
+        parameters: Iterable[Any] = self.branches[branch].parameters()
         return [p.ds_tensor for p in parameters] if self.partitioned else list(parameters)
 
     @torch.no_grad()
@@ -220,9 +223,9 @@ def _initialize(
     module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
 ) -> Any:
     """DeepSpeed's engine around a module; without an optimizer one that only runs it, partitioned."""
-    return deepspeed.initialize(
-        model=module, optimizer=optimizer, config=settings, dist_init_required=False
-    )[0]
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[
+        0
+    ]
 
 
 def _unused_heads(student: SSLBranch) -> set[str]:

@@ -54,6 +54,8 @@ def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
             f"{folder}: is of {saved} ranks, this run has {ranks}; convert it once with "
             f"python tools/universal.py {folder.parent}"
         )
+    optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = universal
     tag = UNIVERSAL if universal else NATIVE
     try:
@@ -61,14 +63,27 @@ def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
     except Exception as error:  # a damaged file, or another stage, fails in whichever way it leads to
         reason = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"{folder}: cannot be read ({type(error).__name__}: {reason}); use the engine.deepspeed.stage that "
-            "wrote it, or continue from another checkpoint"
+            f"{folder}: cannot be read ({type(error).__name__}: {reason}); use the "
+            "engine.deepspeed.stage that wrote it, or continue from another checkpoint"
         ) from error
     finally:
         engine._config.load_universal_checkpoint = False
     if found is None:
         raise InputError(f"{folder}: holds no complete optimizer state; continue from another checkpoint")
+    _repair(optimizer, groups)
     return True
+
+
+def _repair(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Undo what loading a converted stage 3 does: every group is the first one, and all share one step count.
+
+    The count is a tensor: each group's update would add to it.
+    """
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def saved_ranks(folder: Path) -> int:

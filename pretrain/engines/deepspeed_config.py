@@ -25,7 +25,7 @@ def deepspeed_settings(optim: OptimConfig, engine: EngineConfig, world_size: int
         "gradient_accumulation_steps": parts,
         "gradient_clipping": 0.0,  # DeepSpeed knows one norm of the whole model; ours are per sub-module
         "zero_allow_untested_optimizer": True,  # torch's AdamW
-        "zero_force_ds_cpu_optimizer": False,  # likewise with offloading; DeepSpeed's is compiled at the start
+        "zero_force_ds_cpu_optimizer": False,  # likewise; DeepSpeed's own would be compiled first
         "zero_optimization": zero,
         "torch_autocast": _autocast(engine),
         "steps_per_print": None,
@@ -34,10 +34,10 @@ def deepspeed_settings(optim: OptimConfig, engine: EngineConfig, world_size: int
 
 
 def teacher_settings(student: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for a partitioned teacher, of which nothing may stay gathered: its next forward would use it.
+    """The same for a partitioned teacher, of which nothing may stay gathered and grow stale.
 
-    The EMA changes the partitions alone. DeepSpeed keeps small parameters whole, and those that are used again
-    soon, because only its own optimizer step can change them.
+    The EMA changes the partitions alone. DeepSpeed keeps small parameters whole, and those that are used
+    again soon: it takes for granted that only its own optimizer changes them.
     """
     whole = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
     zero = {key: value for key, value in student["zero_optimization"].items() if key != "offload_optimizer"}

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 
 from pretrain.config.schema import EngineConfig, OptimConfig
 from pretrain.engines.base import Engine
@@ -34,6 +35,6 @@ def build_deepspeed(
         ) from error
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     start_communication()
     return DeepSpeedEngine(student, teacher, method, optim, engine, device)

@@ -136,7 +136,9 @@ def resumed(cfg, folder):
 def main():
     mode, stage, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    results = train(stage, folder) if mode == "train" else resumed(on_deepspeed(plain_config(), stage), folder)
+    results = (
+        train(stage, folder) if mode == "train" else resumed(on_deepspeed(plain_config(), stage), folder)
+    )
     torch.save(results, folder / f"{mode}_{dist.get_world_size()}_{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
