@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from pretrain.config.bounds import check_bounds
-from pretrain.config.deepspeed import extra_fault
+from pretrain.config.deepspeed_extra import extra_fault
 from pretrain.config.derived import ibot_head, peak_lr, uses_rmlp, vit_shape
 from pretrain.config.schema import (
     Config,

@@ -9,7 +9,7 @@ BUCKET = 50_000_000  # elements that are reduced or gathered at once: 200 MB in 
 
 
 def deepspeed_settings(optim: OptimConfig, engine: EngineConfig, world_size: int) -> dict[str, Any]:
-    """The student's configuration. `extra` holds none of these keys: see `config.deepspeed.OWNED`."""
+    """The student's configuration. `extra` holds none of these keys: see `config.deepspeed_extra.OWNED`."""
     parts = engine.accumulation_steps
     zero: dict[str, Any] = {
         "stage": engine.deepspeed.stage,

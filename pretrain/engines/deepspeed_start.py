@@ -27,7 +27,7 @@ def build_deepspeed(
     """
     prepare_environment(device)
     try:
-        from pretrain.engines.deepspeed import DeepSpeedEngine, start_communication
+        from pretrain.engines.deepspeed_engine import DeepSpeedEngine, start_communication
     except ImportError as error:
         raise InputError(
             f"engine.kind=deepspeed: DeepSpeed cannot be imported ({error}); "

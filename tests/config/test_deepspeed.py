@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.deepspeed import FIXED, OWNED
+from pretrain.config.deepspeed_extra import FIXED, OWNED
 from pretrain.config.load import ConfigError, config_text, load_config
 from pretrain.config.schema import DeepspeedConfig, EngineConfig, OptimConfig
 from pretrain.engines.deepspeed_config import deepspeed_settings, teacher_settings

@@ -184,7 +184,7 @@ class DeepSpeedEngine:
         return int(total), int(in_a_row)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """See `Engine`. Weights are whole, on every rank; a collective call. `optim` is empty: `save_native`."""
+        """See `Engine`. Collective; weights are whole on every rank, `optim` is empty: see `save_native`."""
         model: dict[str, Tensor] = {}
         for name, branch in self.branches.items():
             whole = whole_parameters(branch, self.partitioned)
