@@ -20,7 +20,7 @@ from pretrain.method.dinov2 import DinoV2
 from pretrain.models.attention import resolve_backend
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
-from pretrain.run.checkpoint import Checkpoints, load_checkpoint
+from pretrain.run.checkpoint import Checkpoints, load_checkpoint, read_document
 from pretrain.run.environment import config_hash, describe
 from pretrain.sharded import assign
 
@@ -114,9 +114,7 @@ def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, loader: Tr
         source = Path(cfg.checkpoint.resume_from)
     if source is None:
         return 0
-    state = engine.state_dict()
-    data, facts = load_checkpoint(source, state)
-    engine.load_state_dict(state)
+    data, facts = _load(source, cfg, engine)
     step, batch = int(facts["step"]), cfg.optim.global_batch_size
     loader.load_state_dict(data, step)
     old, new = ({key: d[key] for key in ("seed", "num_samples")} for d in (data, loader.state_dict(step)))
@@ -127,6 +125,22 @@ def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, loader: Tr
         change = f"{facts['global_batch_size']} -> {batch} images a step"
         distributed.say(f"changed since {source}: {change}; reading goes on at position {data['position']}")
     return step
+
+
+def _load(source: Path, cfg: Config, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fill the engine from a checkpoint. DeepSpeed keeps its optimizer's state in a form of its own."""
+    written, here = read_document(source / "run.json").get("engine"), cfg.engine.kind
+    state = engine.state_dict()
+    if "deepspeed" in (written, here):
+        del state["optim"]
+    documents = load_checkpoint(source, state)
+    engine.load_state_dict(state)
+    if "deepspeed" in (written, here) and not (written == here and engine.load_native(source / "optim")):
+        distributed.say(
+            f"{source}: weights only: the optimizer's state of engine.kind={written} does not fit "
+            f"engine.kind={here}, its moments start at 0"
+        )
+    return documents
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
 from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.ddp import DdpEngine
+from pretrain.engines.deepspeed_start import build_deepspeed
 from pretrain.engines.fsdp2 import Fsdp2Engine
 from pretrain.engines.single import SingleEngine
 from pretrain.errors import InputError, TrainingError
@@ -111,9 +112,13 @@ def build(cfg: Config, device: torch.device | None = None) -> Run:
     rank, world_size = distributed.rank(), distributed.world_size()
     micro_batch = micro_batch_size(cfg, world_size)
     loader = TrainLoader(cfg, device, micro_batch, rank, world_size, Path(cfg.run.dir))
-    student, teacher, method = build_branches(cfg, device, micro_batch, on_meta=cfg.engine.kind == "fsdp2")
+    on_meta = cfg.engine.kind == "fsdp2"
+    student, teacher, method = build_branches(cfg, device, micro_batch, on_meta)
+    if not on_meta:
+        fill_weights(cfg, student, teacher)
     engine = build_engine(cfg, student, teacher, method, device)
-    fill_weights(cfg, student, teacher)
+    if on_meta:
+        fill_weights(cfg, student, teacher)
     folder = Path(cfg.run.dir)
     options = cfg.checkpoint
     checkpoints = Checkpoints(folder / "checkpoints", options.keep, options.keep_every, options.asynchronous)
@@ -133,6 +138,8 @@ def build_engine(
             kind = DdpEngine
         case "fsdp2":
             kind = Fsdp2Engine
+        case "deepspeed":
+            return build_deepspeed(student, teacher, method, cfg.optim, cfg.engine, device)
     return kind(student, teacher, method, cfg.optim, cfg.engine, device)
 
 
@@ -239,7 +246,7 @@ def due(run: Run, every: int) -> bool:
 def save_checkpoint(run: Run) -> None:
     """Save all that an exact continuation needs."""
     data, facts = run.loader.state_dict(run.step), run_facts(run.cfg, run.step)
-    run.checkpoints.save(run.step, run.engine.state_dict(), data, facts)
+    run.checkpoints.save(run.step, run.engine.state_dict(), data, facts, run.engine.save_native)
 
 
 def export_teacher(run: Run) -> None:

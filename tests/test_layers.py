@@ -57,6 +57,7 @@ NESTED = {  # only for speed: these answer before torch is imported
     ("pretrain.cli", "pretrain.train"),
     ("pretrain.cli", "pretrain.dry_run"),
     ("pretrain.seeding", "torch"),
+    ("pretrain.engines.deepspeed_start", "pretrain.engines.deepspeed_engine"),  # not always installed
 }
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 

@@ -33,6 +33,7 @@ BOUNDS = (
         """,
     ),
     Bound("between 1 and 128", lambda value: 1 <= value <= 128, "data.channels"),  # 128: OpenCV's limit
+    Bound("1, 2 or 3", lambda value: value in (1, 2, 3), "engine.deepspeed.stage"),
     Bound("at least 2", lambda value: value >= 2, "dino_head.prototypes ibot_head.prototypes rmlp.outputs"),
     Bound(
         "0 or more",

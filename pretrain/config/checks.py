@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from pretrain.config.bounds import check_bounds
+from pretrain.config.deepspeed_extra import extra_fault
 from pretrain.config.derived import ibot_head, peak_lr, uses_rmlp, vit_shape
 from pretrain.config.schema import (
     Config,
@@ -40,6 +41,10 @@ def check(cfg: Config) -> None:
     _check_optim(cfg.optim, cfg.run.steps)
     _check_batch(cfg)
     _check_timeouts(cfg.engine)
+    at_once = not (cfg.checkpoint.asynchronous and cfg.engine.kind == "deepspeed")
+    _require(at_once, "checkpoint.asynchronous", "engine.kind=deepspeed saves at once; set it to false")
+    fault = extra_fault(cfg.engine.deepspeed.extra)
+    _require(not fault, "engine.deepspeed.extra", fault)
     if cfg.ibot_head.shared:
         _check_unused_ibot(cfg.ibot_head)
     _check_rmlp_switches(cfg)

@@ -109,6 +109,8 @@ def _kind(hint: Any) -> str:
         return "list of sections"
     if get_origin(hint) is list:
         return f"list of {_kind(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return "mapping"
     options = get_args(hint)
     if options:
         return " or ".join("null" if option is type(None) else _kind(option) for option in options)

@@ -15,7 +15,7 @@ def settings(cfg: Config) -> dict[str, Any]:
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings with their dotted keys."""
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:  # an empty one is a value: no free settings
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -71,7 +71,9 @@ def save_config(cfg: Config, path: str | Path) -> None:
 def diff_configs(old: Config, new: Config) -> list[str]:
     """One line per setting that differs: `optim.lr: 0.001 -> 0.002`."""
     before, after = settings(old), settings(new)
-    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+    keys = before | after  # free settings may stand in one of the two
+    changed = [key for key in keys if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed]
 
 
 def _read_files(path: Path, chain: tuple[Path, ...] = ()) -> list[Source]:
@@ -159,6 +161,8 @@ def _fit_value(value: Any, kind: Any, key: str) -> Any:
             known = ", ".join(get_type_hints(kind))
             raise ValueError(f"{key}: is a section with the keys {known}; got {value!r}")
         return _fit(value, cast(type, kind), f"{key}.")
+    if get_origin(kind) is dict:
+        return _fit_mapping(value, key)
     options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     if value is None and NoneType in options:
         return None
@@ -174,6 +178,13 @@ def _fit_list(value: Any, key: str) -> list[Any]:
     if value is None or isinstance(value, Mapping):
         raise ValueError(f"{key}: needs a list, for example [a, b]; got {value!r}")
     return value if isinstance(value, list) else [value]
+
+
+def _fit_mapping(value: Any, key: str) -> Any:
+    """Free settings of another program: any names, any depth."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key}: needs a mapping of names to values; got {value!r}")
+    return value
 
 
 def _suggest(name: str, known: Mapping[str, Any], prefix: str) -> str:

@@ -6,7 +6,7 @@ loss, teacher, data, mask, optim), efficiency (engine), orchestration (run, chec
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Architecture = Literal["vit_small", "vit_base", "vit_large", "vit_giant2", "custom"]
 HeadKind = Literal["mlp", "rmlp"]
@@ -235,10 +235,19 @@ class Fsdp2Config:
 
 
 @dataclass(frozen=True)
+class DeepspeedConfig:
+    """DeepSpeed's ZeRO, with engine.kind=deepspeed: what is split over the devices, and where it lies."""
+
+    stage: Literal[1, 2, 3] = 2  # split are 1: optimizer state; 2: and gradients; 3: and all weights
+    offload_optimizer: Literal["none", "cpu"] = "none"  # cpu: optimizer state and its step on the host
+    extra: dict[str, Any] = field(default_factory=dict)  # DeepSpeed's own settings, merged last
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How the step is executed; nothing here changes results beyond rounding."""
 
-    kind: Literal["single", "ddp", "fsdp2"] = "single"  # one device; a copy on each; shards on each
+    kind: Literal["single", "ddp", "fsdp2", "deepspeed"] = "single"  # one device; copies; shards; ZeRO
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU when there is one
     precision: Literal["fp32", "bf16"] = "bf16"  # bf16: autocast; parameters, optimizer and losses stay fp32
     accumulation_steps: int = 1  # micro-batches per optimizer step
@@ -247,6 +256,7 @@ class EngineConfig:
     timeout: float = 1800.0  # seconds that a rank waits for the others in a collective before the run ends
     hang_timeout: float = 900.0  # seconds without a finished step, then each rank writes its stacks; 0 = off
     fsdp2: Fsdp2Config = field(default_factory=Fsdp2Config)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
 
 
 @dataclass(frozen=True)

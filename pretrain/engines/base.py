@@ -3,6 +3,7 @@
 The loop owns the order of calls, the method the mathematics, the loader the position.
 """
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -61,6 +62,12 @@ class Engine(Protocol):
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Take over what `state_dict` of the same configuration returned."""
+
+    def save_native(self, folder: Path) -> None:
+        """Write what `state_dict` does not hold of the optimizer's state; collective."""
+
+    def load_native(self, folder: Path) -> bool:
+        """Take over what `save_native` wrote; False where there is nothing."""
 
     def full_state_dict(self, branch: Literal["student", "teacher"]) -> dict[str, Tensor]:
         """One branch's weights, whole, on the CPU of rank 0."""

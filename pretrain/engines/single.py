@@ -1,6 +1,7 @@
 """One device, no communication."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -123,6 +124,13 @@ class SingleEngine:
         for part, tensors in state.items():
             for key, value in tensors.items():
                 current[part][key].copy_(value)
+
+    def save_native(self, folder: Path) -> None:
+        """See `Engine`: `state_dict` holds everything."""
+
+    def load_native(self, folder: Path) -> bool:
+        """See `Engine`: `state_dict` holds everything."""
+        return True
 
     def full_state_dict(self, branch: Literal["student", "teacher"]) -> dict[str, Tensor]:
         """See `Engine`."""

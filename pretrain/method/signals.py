@@ -117,6 +117,12 @@ def _mask_signals(masks: Tensor) -> dict[str, Tensor]:
     }
 
 
+def layer_name(parameter: str) -> str:
+    """The layer that a parameter belongs to, by its name: `backbone.blocks.3.attn` and the like."""
+    match = UNIT.match(parameter)
+    return match.group() if match else parameter
+
+
 @torch.no_grad()
 def norms(model: nn.Module) -> dict[str, Tensor]:
     """Norms of the weights and, where there are any, of the gradients, per sub-module of each block.
@@ -126,8 +132,7 @@ def norms(model: nn.Module) -> dict[str, Tensor]:
     """
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        match = UNIT.match(name)
-        unit = match.group() if match else name
+        unit = layer_name(name)
         groups.setdefault(f"weight_norm/{unit}", []).append(parameter)
         if parameter.grad is not None:
             groups.setdefault(f"gradient_norm/{unit}", []).append(parameter.grad)

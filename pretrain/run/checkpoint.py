@@ -6,7 +6,7 @@ process group runs: every rank writes its part, rank 0 the rest, and a failure o
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -70,7 +70,14 @@ class Checkpoints:
         self.finish()
         return self._together.first(lambda: newest_checkpoint(self.folder))
 
-    def save(self, step: int, tensors: State, data: Mapping[str, Any], run: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: State,
+        data: Mapping[str, Any],
+        run: Mapping[str, Any],
+        native: Callable[[Path], None] | None = None,
+    ) -> Path:
         """Write the checkpoint of a step, replacing an older one of that step, and prune; returns its folder.
 
         An asynchronous save first waits for the one before. Its folder appears when it is complete; what is
@@ -82,6 +89,7 @@ class Checkpoints:
                 tensors that are equal on all of them, or distributed ones (DTensor).
             data: position in the data, for data.json; rank 0's counts.
             run: what else resuming needs or a reader wants to know, for run.json; likewise.
+            native: writes what only the engine understands into the folder of the optimizer's state.
 
         Raises:
             InputError: the disk is full or the folder cannot be written, on this or another rank, now or at
@@ -94,9 +102,9 @@ class Checkpoints:
         share = {part: own_share(named, rank(), world_size()) for part, named in tensors.items()}
         if self.asynchronous:
             copies = self._together.every(lambda: self._staging.copy(share))
-            self._pending = self._thread.submit(self._write, step, copies, documents)
+            self._pending = self._thread.submit(self._write, step, copies, documents, native)
         else:
-            self._write(step, share, documents)
+            self._write(step, share, documents, native)
         return self._disk.step(step)
 
     def finish(self) -> None:
@@ -109,12 +117,20 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, tensors: State, documents: Mapping[str, str]) -> None:
+    def _write(
+        self,
+        step: int,
+        tensors: State,
+        documents: Mapping[str, str],
+        native: Callable[[Path], None] | None,
+    ) -> None:
         """Every rank writes its tensors, then rank 0 makes a checkpoint of them."""
         try:
             temporary = self._together.first(lambda: self._disk.begin(step))
             for part, named in tensors.items():
                 save_tensors(temporary / part, named, self._together.group)
+            if native is not None:
+                native(temporary / "optim")
             self._together.first(lambda: self._disk.complete(step, documents))
         except OSError as error:  # raised by all ranks, so all come here
             failure = error
