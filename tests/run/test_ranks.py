@@ -23,9 +23,9 @@ def test_two_ranks_fail_and_go_on_together(tmp_path: Path) -> None:
 
 
 def kill_ranks(folder: Path, kills: int) -> None:
-    """The script checks; here only that it could see something."""
-    line = run_script("tests.run.killed_ranks", folder, kills, kills, timeout=30 * kills)[-1]
-    assert int(line.split()[0]) > 0, f"{line}: the test shows nothing"
+    """The script checks what each kill left; here only that enough of them fell into a save."""
+    line = run_script("tests.run.killed_ranks", folder, kills, kills, timeout=60 * kills)[-1]
+    assert int(line.split()[0]) == kills, line
 
 
 def test_a_killed_rank_leaves_a_whole_checkpoint_and_no_hanging_partner(tmp_path: Path) -> None:
