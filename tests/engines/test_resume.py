@@ -1,0 +1,98 @@
+"""A run that one engine saved is continued by another, on another number of devices.
+
+Every cell is compared with the uninterrupted run of one process: the first half by the engine of the row, the
+second by that of the column. Ranks are real processes that run the command line's `main`.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pretrain.config.load import load_config, save_config
+from pretrain.data.digits import write_digits
+from tests.rank_processes import ROOT, run_ranks
+
+STEPS = 6
+LAYOUTS = {"single": ("single", 1), "ddp2": ("ddp", 2), "fsdp2": ("fsdp2", 2), "fsdp4": ("fsdp2", 4)}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+def write_config(shards: Path, run: Path, layout: str, *overrides: str) -> str:
+    """The path of a config for a run on the ranks of a layout."""
+    kind, ranks = LAYOUTS[layout]
+    settings = [
+        *(f"run.dir={run}", f"run.steps={STEPS}", f"data.shards=[{shards}/train-*.tar]"),
+        *(f"engine.kind={kind}", f"engine.accumulation_steps={4 // ranks}", "data.workers=0"),
+        *("data.group_size=4", "optim.global_batch_size=16", "optim.warmup_steps=2", "log.every=1"),
+        *("checkpoint.every=3", "log.tensorboard=false", "log.knn.train=[]", "log.knn.test=[]"),
+        *("model.layer_scale=1.0", *overrides),
+    ]
+    path = run.with_suffix(".yaml")
+    save_config(load_config(ROOT / "configs" / "debug_cpu.yaml", settings), path)
+    return str(path)
+
+
+def train(paths: list[str], folder: Path, layout: str) -> None:
+    """Train configs one after another on the ranks of a layout."""
+    for rank in run_ranks(["-m", "tests.engines.several_runs", *paths], folder, LAYOUTS[layout][1]):
+        assert rank.status == 0, rank.err
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Losses and gradient norms by step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k.startswith(("step", "loss/", "grad_norm/"))} for line in lines
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted runs by layout, each with a checkpoint in the middle."""
+    folder = tmp_path_factory.mktemp("whole")
+    for layout in LAYOUTS:
+        train([write_config(shards, folder / layout, layout)], folder, layout)
+    return {layout: folder / layout for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def continued(
+    request: pytest.FixtureRequest,
+    shards: Path,
+    whole: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, dict[str, Path]]:
+    """A layout, and the second halves that it trained, by the layout of the first half."""
+    folder, paths = tmp_path_factory.mktemp(request.param), []
+    for first, run in whole.items():
+        middle = run / "checkpoints" / f"step_{STEPS // 2:08d}"
+        settings = f"checkpoint.resume_from={middle}"
+        paths.append(write_config(shards, folder / first, request.param, settings))
+    train(paths, folder, request.param)
+    return request.param, {first: folder / first for first in whole}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_resume(whole: dict[str, Path], continued: tuple[str, dict[str, Path]], first: str) -> None:
+    second, runs = continued
+    found, expected = metrics(runs[first]), metrics(whole["single"])[STEPS // 2 :]
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == [4, 5, 6]
+    for line, reference in zip(found, expected, strict=True):
+        assert line == pytest.approx(reference, rel=1e-4)
+    if first == second:  # one order of sums: bit for bit
+        assert found == metrics(whole[first])[STEPS // 2 :]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_curve(whole: dict[str, Path], layout: str) -> None:
+    for line, reference in zip(metrics(whole[layout]), metrics(whole["single"]), strict=True):
+        assert line == pytest.approx(reference, rel=1e-4)
