@@ -37,7 +37,7 @@ from loader_stages import (
     StagedLoader,
     Stopwatch,
     agreement,
-    equal_crops,
+    equal_batches,
     shares,
 )
 
@@ -138,7 +138,7 @@ def contestants(cfgs: Mapping[str, Config], images: int) -> list[Contestant]:
         plain, ours, staged = PlainLoader(cfg), OurLoader(cfg, images), StagedLoader(cfg, images)
         whole = plain if side == PLAIN else ours
         players.append(Contestant(side, False, lambda lap, whole=whole: whole.epoch()))
-        players.append(Contestant(side, True, plain.epoch if side == PLAIN else staged.epoch))
+        players.append(Contestant(side, True, plain.staged if side == PLAIN else staged.epoch))
     return players
 
 
@@ -156,14 +156,16 @@ def repetition(players: Sequence[Contestant], batches: int, order: random.Random
 
 
 def compare_crops(cfg: Config, images: int) -> Figures:
-    """How equal the crops are: plain and ours, ours and ours in stages. It warms everything up, too."""
-    loader, staged = OurLoader(cfg, images), StagedLoader(cfg, images).epoch(untimed)
+    """How equal the crops are: plain and ours, and each whole and in stages. It warms everything up, too."""
+    plain, loader, staged = PlainLoader(cfg), OurLoader(cfg, images), StagedLoader(cfg, images)
+    epochs = (plain.epoch(), loader.epoch(), plain.staged(untimed), staged.epoch(untimed))
     rows, equal = [], True
-    for theirs, own, own_staged in zip(PlainLoader(cfg).epoch(), loader.epoch(), staged, strict=True):
+    for theirs, own, theirs_staged, own_staged in zip(*epochs, strict=True):
         rows.append(agreement(cfg, theirs, loader.finished(own)))
-        equal &= torch.equal(theirs.masks, own.masks) and equal_crops(own, own_staged)
+        equal &= equal_batches(theirs, theirs_staged) and equal_batches(own, own_staged)
+        equal &= torch.equal(theirs.masks, own.masks)
     means = {name: mean(row[name] for row in rows) for name in rows[0]}
-    return {**means, "masks_and_staged_crops_equal": equal}
+    return {**means, "masks_and_staged_batches_equal": equal}
 
 
 def device_work(cfg: Config, images: int, repeats: int) -> Figures:

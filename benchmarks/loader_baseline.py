@@ -103,14 +103,6 @@ def solarize(crop: Image.Image, draw: CropDraw) -> Image.Image:
     return ImageOps.solarize(crop, SOLARIZE_FROM) if draw.solarize else crop
 
 
-def change(crop: Image.Image, draw: CropDraw, lap: Lap) -> Image.Image:
-    """All that is done to a crop between its resizing and its tensor."""
-    for name, step in STEPS.items():
-        crop = step(crop, draw)
-        lap(name)
-    return crop
-
-
 STEPS: dict[str, Step] = {
     "flip": flip,
     "jitter": jitter,
@@ -135,35 +127,55 @@ class PlainLoader:
         self.cfg = cfg
         self.grid = cfg.data.global_crops.size // cfg.model.patch_size
 
-    def epoch(self, lap: Lap = untimed) -> Iterator[Batch]:
-        """The whole batches of an epoch; `lap` is called after each stage with its name."""
+    def epoch(self) -> Iterator[Batch]:
+        """The whole batches of an epoch, each image cut crop by crop."""
+        return self._batches(self._crops, untimed)
+
+    def staged(self, lap: Lap) -> Iterator[Batch]:
+        """The same, with all crops of an image in one stage after another; `lap` is called after each."""
+        return self._batches(self._crops_in_stages, lap)
+
+    def _batches(self, cut: Callable[[bytes, int, Lap], list[Tensor]], lap: Lap) -> Iterator[Batch]:
         images: list[list[Tensor]] = []
         for position, sample in enumerate(webdataset.WebDataset(self.cfg.data.shards, shardshuffle=False)):
             lap("read")
-            images.append(self._crops(sample["jpg"], position, lap))
+            images.append(cut(sample["jpg"], position, lap))
             if len(images) == self.cfg.data.group_size:
                 batch = self._collate(images, position + 1 - len(images))
                 lap("masks + collate")
                 yield batch
                 images = []
 
-    def _crops(self, content: bytes, position: int, lap: Lap) -> list[Tensor]:
+    def _crops(self, content: bytes, position: int, _: Lap) -> list[Tensor]:
         """The normalised crops of an image, global ones first."""
+        image, crops = decode(content), []
+        for draw, size in self._draws(image, position):
+            crop = crop_and_resize(image, draw, size)
+            for step in STEPS.values():
+                crop = step(crop, draw)
+            crops.append(to_normalised(crop, self.cfg.data.mean, self.cfg.data.std))
+        return crops
+
+    def _crops_in_stages(self, content: bytes, position: int, lap: Lap) -> list[Tensor]:
         image = decode(content)
         lap("decode")
-        data, rng = self.cfg.data, numpy_stream(self.cfg.run.seed, "augment", 0, position)
-        draws = draw_crops(rng, image.height, image.width, data)
+        draws = self._draws(image, position)
         lap("draw")
-        sizes = (data.global_crops.size, data.local_crops.size)
-        crops = []
-        for size, kind in zip(sizes, draws, strict=True):
-            for draw in kind:
-                crop = crop_and_resize(image, draw, size)
-                lap("crop + resize")
-                crop = change(crop, draw, lap)
-                crops.append(to_normalised(crop, data.mean, data.std))
-                lap("to tensor")
-        return crops
+        crops = [crop_and_resize(image, draw, size) for draw, size in draws]
+        lap("crop + resize")
+        for name, step in STEPS.items():
+            crops = [step(crop, draw) for crop, (draw, _) in zip(crops, draws, strict=True)]
+            lap(name)
+        tensors = [to_normalised(crop, self.cfg.data.mean, self.cfg.data.std) for crop in crops]
+        lap("to tensor")
+        return tensors
+
+    def _draws(self, image: Image.Image, position: int) -> list[tuple[CropDraw, int]]:
+        """What is to be done to each crop, with its size."""
+        data, rng = self.cfg.data, numpy_stream(self.cfg.run.seed, "augment", 0, position)
+        large, small = draw_crops(rng, image.height, image.width, data)
+        sizes = [data.global_crops.size] * len(large) + [data.local_crops.size] * len(small)
+        return list(zip([*large, *small], sizes, strict=True))
 
     def _collate(self, images: list[list[Tensor]], first: int) -> Batch:
         """Crop-major tensors and the masks of the group, as DINOv2's workers make them."""

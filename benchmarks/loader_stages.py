@@ -135,9 +135,10 @@ def _levels(cfg: Config, crops: Tensor) -> Tensor:
     return (crops * std + mean) * 255
 
 
-def equal_crops(one: Batch, other: Batch) -> bool:
-    """Whether all pixels are."""
-    return all(torch.equal(getattr(one, kind), getattr(other, kind)) for kind in CROPS)
+def equal_batches(one: Batch, other: Batch) -> bool:
+    """Whether all their values are."""
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 def shares(stages: Mapping[str, float]) -> dict[str, float]:

@@ -40,7 +40,7 @@ def test_both_sides_cut_the_same_crops(figures: dict, side: str) -> None:
     crops = figures["crops_against_plain"][side]
     assert 0 < crops["global_crops_mean_difference_levels"] < 0.5
     assert 0 < crops["local_crops_mean_difference_levels"] < 0.5
-    assert crops["masks_and_staged_crops_equal"] is True
+    assert crops["masks_and_staged_batches_equal"] is True
 
 
 def test_the_images_have_the_bits_asked(figures: dict) -> None:
