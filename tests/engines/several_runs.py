@@ -1,4 +1,4 @@
-"""`python -m tests.engines.several_runs A.yaml B.yaml`: one process, or rank, trains one config after another."""
+"""`python -m tests.engines.several_runs A.yaml B.yaml`: one process, or rank, trains several configs."""
 
 import os
 import sys
