@@ -20,7 +20,7 @@ from pretrain.run.metrics import Averages
 from pretrain.run.preemption import Preemption
 from pretrain.run.watchdog import Watchdog
 from pretrain.session import session
-from pretrain.train import _train
+from pretrain.train import main
 
 CFG = EngineConfig(device="cpu", timeout=60.0, hang_timeout=30.0)
 SHORT = EngineConfig(device="cpu", timeout=4.0, hang_timeout=1.0)
@@ -126,9 +126,8 @@ def first_killed(folder: Path) -> int:
 
 
 def training(folder: Path) -> int:
-    """A real training loop on ranks; each with a folder, data and an engine of its own."""
-    with session(CFG) as device:
-        return _train(load_config(folder / f"{rank()}.yaml"), device)
+    """A real run; each rank has a config of its own, as their data differ."""
+    return main(load_config(folder / f"{os.environ['RANK']}.yaml"))
 
 
 def hang(folder: Path) -> int:

@@ -1,7 +1,4 @@
-"""The training loop on two real ranks: who writes what, and how all stop together.
-
-Each rank trains in a folder of its own with its own weights, so this is about the loop, not about the engine.
-"""
+"""The training loop on two real ranks: who writes what, and how all stop together."""
 
 import json
 import shutil
@@ -33,7 +30,8 @@ def start(shards: list[Path], folder: Path, *overrides: str) -> list[subprocess.
     """Start two ranks on the debugging recipe, 8 images of 16 each; return when steps are done."""
     for rank, data in enumerate(shards):
         settings = [
-            f"run.dir={folder}/run{rank}",
+            f"run.dir={folder}/run",
+            "engine.kind=ddp",
             f"data.shards=[{data}/train-*.tar]",
             *("data.workers=0", "data.group_size=4", "data.open_shards=1", "optim.warmup_steps=2"),
             *("optim.global_batch_size=16", "log.every=1", "log.tensorboard=false", "checkpoint.every=1000"),
@@ -41,7 +39,7 @@ def start(shards: list[Path], folder: Path, *overrides: str) -> list[subprocess.
         ]
         save_config(load_config(ROOT / "configs" / "debug_cpu.yaml", settings), folder / f"{rank}.yaml")
     processes = start_ranks(["-m", "tests.rank_work", "training", str(folder)], folder)
-    metrics, deadline = folder / "run0" / "metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
         assert processes[0].poll() is None, (folder / "0.err").read_text()
         assert time.monotonic() < deadline
@@ -71,9 +69,8 @@ def test_the_command_line_says_which_rank_complains(monkeypatch, capsys):
     assert capsys.readouterr().err == "pretrain: rank 1: no_such_config.yaml: no such file\n"
 
 
-def checkpoints(folder: Path) -> list[list[str]]:
-    found = [(folder / f"run{rank}" / "checkpoints").glob("step_*/COMPLETE") for rank in range(2)]
-    return [sorted(path.parent.name for path in paths) for paths in found]
+def saved_steps(folder: Path) -> list[int]:
+    return [int(path.parent.name[5:]) for path in (folder / "run" / "checkpoints").glob("step_*/COMPLETE")]
 
 
 @pytest.mark.dist
@@ -82,14 +79,13 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(shards, tmp_path):
     processes[1].send_signal(signal.SIGUSR1)
     first, second = ended(processes, tmp_path)
     assert (first.status, second.status) == (75, 75), first.err + second.err
-    saved = checkpoints(tmp_path)
-    assert saved[0] == saved[1] and len(saved[0]) == 1 and int(saved[0][0][5:]) % 3 == 0
+    (step,) = saved_steps(tmp_path)
+    assert step % 3 == 0
     assert "stopped by SIGUSR1; saved" in first.out and second.out == second.err == ""
-    lines = [json.loads(line) for line in (tmp_path / "run0" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, int(saved[0][0][5:]) + 1))
-    written = {path.name for path in (tmp_path / "run0").iterdir()}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, step + 1))
+    written = {path.name for path in (tmp_path / "run").iterdir()}
     assert written == {"checkpoints", "config.yaml", "environment.txt", "metrics.jsonl"}
-    assert {path.name for path in (tmp_path / "run1").iterdir()} == {"checkpoints"}
 
 
 @pytest.mark.dist
@@ -103,5 +99,4 @@ def test_data_that_one_rank_cannot_read_end_both_with_a_checkpoint(shards, tmp_p
     assert (first.status, second.status) == (3, 3), first.err + second.err
     assert "was replaced while it is in use" in second.err
     assert first.err == second.err and first.err.startswith("pretrain: rank 1: ")
-    saved = checkpoints(tmp_path)
-    assert saved[0] == saved[1] and len(saved[0]) == 1
+    assert len(saved_steps(tmp_path)) == 1
