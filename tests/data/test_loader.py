@@ -321,6 +321,9 @@ def program(shard_folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Pop
 def test_no_process_survives_kill_9(program: tuple[subprocess.Popen, str]) -> None:
     process, mark = program
     assert len(processes_with(mark)) >= 4  # itself, the fork server, two workers
+    files = [path.resolve() for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+    named = [path for path in files if path.is_relative_to("/dev/shm")]
+    assert named == []  # the slots have no name: they go with the last process
     process.kill()
     process.wait()
     deadline = time.monotonic() + 10

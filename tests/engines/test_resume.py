@@ -5,6 +5,8 @@ second by that of the column. Ranks are real processes that run the command line
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,4 +97,21 @@ def test_resume(whole: dict[str, Path], continued: tuple[str, dict[str, Path]], 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_curve(whole: dict[str, Path], layout: str) -> None:
     for line, reference in zip(metrics(whole[layout]), metrics(whole["single"]), strict=True):
+        assert line == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.dist
+def test_deepspeed_on_as_many_ranks_and_on_one(shards: Path, whole: dict[str, Path], tmp_path: Path) -> None:
+    settings = ("engine.kind=deepspeed", "engine.deepspeed.stage=3")
+    train([write_config(shards, tmp_path / "two", "ddp2", *settings)], tmp_path, "ddp2")
+    middle = tmp_path / "two" / "checkpoints" / f"step_{STEPS // 2:08d}"
+    settings = (*settings, f"checkpoint.resume_from={middle}")
+    train([write_config(shards, tmp_path / "again", "ddp2", *settings)], tmp_path, "ddp2")
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "two")[STEPS // 2 :]
+
+    subprocess.run([sys.executable, "tools/universal.py", str(middle)], cwd=ROOT, check=True)
+    train([write_config(shards, tmp_path / "one", "single", *settings)], tmp_path, "single")
+    for line, reference in zip(
+        metrics(tmp_path / "one"), metrics(whole["single"])[STEPS // 2 :], strict=True
+    ):
         assert line == pytest.approx(reference, rel=1e-4)
