@@ -142,6 +142,18 @@ def golden_batch(arrays: dict, step: int, size: int, rank: int = 0) -> Batch:
     return Batch(drop_global=None, drop_local=None, group_size=size, position=step * size, **data)
 
 
+def golden_step(engine, method, batch, values, step):
+    """One optimizer step on one batch; its losses, and gradient norms before clipping."""
+    engine.begin_step(step, values)
+    targets = method.targets([engine.teacher(batch)], [batch.mask_weights], values.teacher_temp, step)
+    terms = method.losses(engine.student(batch), targets[0], batch)
+    engine.backward(terms.total)
+    result = engine.step()
+    method.commit(result.good)
+    engine.update_teacher(values.momentum)
+    return terms, result
+
+
 def branch_weights(arrays: dict, branch: str) -> dict:
     return {k.removeprefix(f"{branch}."): v for k, v in arrays.items() if k.startswith(f"{branch}.")}
 
@@ -176,13 +188,7 @@ def test_four_optimizer_steps(name):
         assert values.teacher_temp == pytest.approx(schedule["teacher_temp"], rel=1e-12)
 
         centers = {name: center.center for name, center in method.centers.items()}
-        engine.begin_step(step, values)
-        targets = method.targets([engine.teacher(batch)], [batch.mask_weights], values.teacher_temp, step)
-        terms = method.losses(engine.student(batch), targets[0], batch)
-        engine.backward(terms.total)
-        result = engine.step()
-        method.commit(result.good)
-        engine.update_teacher(values.momentum)
+        terms, result = golden_step(engine, method, batch, values, step)
 
         losses = expected["rank_losses"][0]
         assert terms.parts["dino_local"].item() == pytest.approx(losses["dino_local_crops_loss"], rel=1e-5)

@@ -4,22 +4,13 @@ import gzip
 import json
 from pathlib import Path
 
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.config.load import load_config
 from pretrain.config.schema import Config
-from pretrain.data.digits import write_digits
 from pretrain.train import main
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
 
 
 def config(shards: Path, run: Path, name: str, *overrides: str) -> Config:

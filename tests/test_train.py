@@ -15,7 +15,6 @@ import torch
 
 from pretrain.config.load import load_config, save_config
 from pretrain.config.schema import Config
-from pretrain.data.digits import write_digits
 from pretrain.data.loader import TrainLoader
 from pretrain.errors import InputError, TrainingError
 from pretrain.export import read_export
@@ -26,13 +25,6 @@ from pretrain.train import build, main
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
 
 
 def config(shards: Path, run: Path, *overrides: str) -> Config:

@@ -11,19 +11,11 @@ import pytest
 
 from pretrain.cli import main as command_line
 from pretrain.config.load import load_config, save_config
-from pretrain.data.digits import write_digits
 from pretrain.errors import InputError
 from pretrain.train import main
 from tests.rank_processes import ended, free_port, rank_environment, start_ranks
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
 
 
 def start(shards: list[Path], folder: Path, *overrides: str) -> list[subprocess.Popen]:

@@ -41,7 +41,7 @@ class FileLock:
             OSError: the folder cannot be written.
         """
         if not self._create():
-            holder = _read(self.path)
+            holder = read_owner(self.path)
             if not self._is_dead(holder):
                 return False
             self._bury(holder)
@@ -55,7 +55,7 @@ class FileLock:
         assert self._heart is not None, "only what was acquired is released"
         self._heart.stop()
         self._heart = None
-        if _read(self.path) in (self._owner, {}):
+        if read_owner(self.path) in (self._owner, {}):
             self.path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
@@ -72,7 +72,7 @@ class FileLock:
     def _is_dead(self, holder: dict[str, Any]) -> bool:
         if holder.get("host") == _host() and started(holder.get("pid")) != holder.get("started"):
             return True
-        stamp, now = _changed(self.path), time.monotonic()
+        stamp, now = last_change(self.path), time.monotonic()
         if stamp != self._seen[0]:
             self._seen = (stamp, now)
         return now - self._seen[1] > self.stale_seconds
@@ -82,7 +82,7 @@ class FileLock:
         grave = self.path.with_name(f"{self.path.name}.{os.urandom(4).hex()}")
         with suppress(FileNotFoundError):
             self.path.replace(grave)
-            if _read(grave) != holder:  # a rival was faster, and this is its new lock
+            if read_owner(grave) != holder:  # a rival was faster, and this is its new lock
                 with suppress(OSError):
                     os.link(grave, self.path)
             grave.unlink()
@@ -115,7 +115,7 @@ def _host() -> str:
         return socket.gethostname()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_owner(path: Path) -> dict[str, Any]:
     """The owner; empty when the file is gone, damaged or not written yet."""
     try:
         content = json.loads(path.read_text())
@@ -124,7 +124,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _changed(path: Path) -> int:
+def last_change(path: Path) -> int:
+    """The file's time of change in nanoseconds; -1 when it is gone."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

@@ -20,7 +20,7 @@ from pretrain.data.drawn import decode_and_draw
 from pretrain.data.draws import Draws
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
-from pretrain.data.mixture import Mixture
+from pretrain.data.mixture import Mixture, Place
 from pretrain.data.order import Order
 from pretrain.data.pixels import Pixels
 from pretrain.data.reader import MAX_OPEN, CorruptSample, Reader
@@ -103,11 +103,13 @@ class GroupMaker:
 
         A corrupt sample is replaced by the next good one of its source, cut as this position's draws say.
         """
-        for skip in range(MAX_REPLACEMENTS):
+        home = place = self.order.at(position)
+        for skip in range(1, MAX_REPLACEMENTS + 1):
             try:
-                image, draws = self._read(position, skip, report)
+                image, draws = self._read(place, (home.epoch, position), report)
             except CorruptSample as error:
                 report.corrupt.append(error)
+                place = self.order.at(position, skip)
                 continue
             with report.stage("augment"):
                 _cut(image, draws, out, number)
@@ -116,13 +118,12 @@ class GroupMaker:
         last = report.corrupt[-1]
         raise InputError(f"{last}; {MAX_REPLACEMENTS} samples in a row are corrupt; repair the data")
 
-    def _read(self, position: int, skip: int, report: GroupReport) -> tuple[Pixels, Draws]:
+    def _read(self, place: Place, draw: tuple[int, int], report: GroupReport) -> tuple[Pixels, Draws]:
+        """The pixels of a sample and the draws of its crops, from the stream (epoch, position)."""
         with report.stage("read"):
-            place = self.order.at(position, skip)
             item = self.reader.read(place.shard, place.index)
         with report.stage("decode"):
-            epoch = self.order.at(position).epoch
-            rng = numpy_stream(self.cfg.run.seed, "augment", epoch, position)
+            rng = numpy_stream(self.cfg.run.seed, "augment", *draw)
             try:
                 return decode_and_draw(item.image, self.cfg.data, rng)
             except ValueError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from pretrain.data.file_lock import last_change, read_owner
 from pretrain.errors import InputError
 from pretrain.processes import started
 
@@ -55,7 +56,7 @@ class RunLock:
         """Give the lock back."""
         self._stop.set()
         self._heart.join()
-        if _read(self.path) == self.owner:
+        if read_owner(self.path) == self.owner:
             self.path.unlink(missing_ok=True)
             with suppress(OSError):  # a start that was refused leaves no empty folder
                 self.folder.rmdir()
@@ -71,7 +72,7 @@ class RunLock:
 
     def _remove_if_dead(self) -> None:
         """Remove a lock without an owner, or raise; a rename does it, so that one of two rivals succeeds."""
-        holder = _read(self.path)
+        holder = read_owner(self.path)
         if self._alive(holder):
             place = f"process {holder.get('pid')} on {holder.get('host')}"
             raise InputError(
@@ -81,7 +82,7 @@ class RunLock:
         grave = self.path.with_name(f"run.lock.{self.owner['host']}.{self.owner['pid']}")
         with suppress(FileNotFoundError):
             self.path.replace(grave)
-            if _read(grave) != holder:  # a rival was faster, and this is its new lock
+            if read_owner(grave) != holder:  # a rival was faster, and this is its new lock
                 grave.replace(self.path)
             grave.unlink(missing_ok=True)
 
@@ -92,10 +93,10 @@ class RunLock:
 
     def _touched_while_watched(self) -> bool:
         """Whether the lock's time stamp changes within the time that a living owner needs to touch it."""
-        first, deadline = _changed(self.path), time.monotonic() + self.stale_seconds
+        first, deadline = last_change(self.path), time.monotonic() + self.stale_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.stale_seconds / 10))
-            if _changed(self.path) != first:
+            if last_change(self.path) != first:
                 return True
         return False
 
@@ -105,19 +106,3 @@ class RunLock:
                 os.utime(self.path)
             except OSError:
                 continue  # a network disk that is away for a while
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The owner; empty when the file is gone, damaged or not written yet."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _changed(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return -1

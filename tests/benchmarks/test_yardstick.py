@@ -23,8 +23,9 @@ TOY = (
 
 @pytest.fixture(scope="module")
 def report():
-    sys.path.insert(0, str(FOLDER))
-    return importlib.import_module("yardstick_report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module("yardstick_report")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from tests.engines.deepspeed_small import (
 )
 from tests.golden_files import load, relative_error, section
 from tests.small import random_batch
-from tests.test_golden import branch_weights, golden_batch, key_bias_removed, step_config
+from tests.test_golden import branch_weights, golden_batch, golden_step, key_bias_removed, step_config
 
 MORE = range(STEPS, STEPS + 2)  # steps after a resume
 
@@ -53,13 +53,7 @@ def golden(stage):
     errors = {"losses": 0.0, "norms": 0.0, "weights": 0.0}
     for step, expected in enumerate(meta["steps"]):
         batch, values = golden_batch(arrays, step, size, rank), Schedules(cfg).at(step)
-        engine.begin_step(step, values)
-        targets = method.targets([engine.teacher(batch)], [batch.mask_weights], values.teacher_temp, step)
-        terms = method.losses(engine.student(batch), targets[0], batch)
-        engine.backward(terms.total)
-        result = engine.step()
-        method.commit(result.good)
-        engine.update_teacher(values.momentum)
+        terms, result = golden_step(engine, method, batch, values, step)
         for key, value in logged(expected["rank_losses"][rank], cfg).items():
             errors["losses"] = max(errors["losses"], abs(terms.parts[key].item() / value - 1))
         for key, value in expected["grad_norm"].items():

@@ -12,18 +12,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.load import load_config, save_config
-from pretrain.data.digits import write_digits
 from tests.rank_processes import ROOT, run_ranks
 
 STEPS = 6
 LAYOUTS = {"single": ("single", 1), "ddp2": ("ddp", 2), "fsdp2": ("fsdp2", 2), "fsdp4": ("fsdp2", 4)}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
 
 
 def write_config(shards: Path, run: Path, layout: str, *overrides: str) -> str:

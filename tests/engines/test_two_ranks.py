@@ -14,7 +14,7 @@ from pretrain.optim.schedules import Schedules
 from pretrain.train import build_engine
 from tests.engines.processes import on_ranks
 from tests.golden_files import load, relative_error, section
-from tests.test_golden import branch_weights, golden_batch, key_bias_removed, step_config
+from tests.test_golden import branch_weights, golden_batch, golden_step, key_bias_removed, step_config
 
 NAME = "step_two_ranks"
 
@@ -44,13 +44,7 @@ def golden_run(kind: str) -> dict[str, Any]:
     schedules, losses, norms = Schedules(cfg), [], []
     for step in range(len(meta["steps"])):
         batch, values = golden_batch(arrays, step, size, rank()), schedules.at(step)
-        engine.begin_step(step, values)
-        targets = method.targets([engine.teacher(batch)], [batch.mask_weights], values.teacher_temp, step)
-        terms = method.losses(engine.student(batch), targets[0], batch)
-        engine.backward(terms.total)
-        result = engine.step()
-        method.commit(result.good)
-        engine.update_teacher(values.momentum)
+        terms, result = golden_step(engine, method, batch, values, step)
         losses.append({name: float(value) for name, value in terms.parts.items()})
         norms.append({name: float(value) for name, value in result.grad_norms.items()})
     weights = {branch: engine.full_state_dict(branch) for branch in ("student", "teacher")}
