@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pretrain.run.environment import code_revision
+from pretrain.revision import code_revision
 
 Score = tuple[float, float]  # k-NN accuracy in percent of the CLS token and of the mean patch token
 KINDS = ("CLS", "mean patch")

@@ -12,6 +12,7 @@ from pretrain.config.checks import warnings
 from pretrain.config.load import config_text, load_config
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
+from pretrain.processes import let_threads_sleep
 from pretrain.ranks import SINGLE, detect
 
 
@@ -40,23 +41,17 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(cfg: Config) -> int:
-    _let_threads_sleep()
+    let_threads_sleep()
     from pretrain import dry_run
 
     return dry_run.dry_run(cfg)
 
 
 def _train(cfg: Config) -> int:
-    _let_threads_sleep()
+    let_threads_sleep()
     from pretrain import train  # torch takes seconds to import
 
     return train.main(cfg)
-
-
-def _let_threads_sleep() -> None:
-    # OpenMP reads this when torch is loaded. On shared cores, threads that spin while one is descheduled
-    # slowed a CPU run down five to ten times; threads that sleep cost a few percent on an idle one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ from pretrain.errors import InputError, TrainingError
 
 USAGE_ERROR = 2
 TRAINING_ERROR = 3
+STOPPED = 75  # a checkpoint was saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -20,16 +21,28 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"command line: {message} ({self.prog} --help)")
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status that an error ends its process with."""
+    match error:
+        case InputError() | OSError():
+            return USAGE_ERROR
+        case TrainingError():
+            return TRAINING_ERROR
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case SystemExit(code=int(code)):
+            return code
+        case _:
+            return 1
+
+
 def exit_status(program: str, command: Callable[[], int]) -> int:
     """The status of a command; wrong input and files that cannot be used end it with one line."""
     try:
         return command()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, TrainingError) as error:
         print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return USAGE_ERROR
-    except TrainingError as error:
-        print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return TRAINING_ERROR
-    except KeyboardInterrupt:
+        return status_of(error)
+    except KeyboardInterrupt as error:
         print(f"{program}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return status_of(error)

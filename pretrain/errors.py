@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """A run that cannot go on, although everything it was given is well-formed. Exit status 3."""
+
+
+class LostPeerError(TrainingError):
+    """Another rank has ended without a word, or does not answer: a consequence of the failure."""

@@ -18,7 +18,8 @@ from typing import NoReturn
 from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
 
-from pretrain.command_line import INTERRUPTED, TRAINING_ERROR, USAGE_ERROR
+from pretrain import records
+from pretrain.command_line import TRAINING_ERROR, status_of
 from pretrain.errors import InputError, TrainingError
 
 NOTE = "fault"  # its key in the store
@@ -43,18 +44,18 @@ class Fault:
 
 def fault_of(error: BaseException, rank: int) -> Fault:
     """What an error of this rank means for all."""
-    line = " ".join(str(error).split())
+    line, status = " ".join(str(error).split()), status_of(error)
     match error:
-        case InputError() | OSError():
-            return Fault(rank, USAGE_ERROR, line)
-        case TrainingError():
-            return Fault(rank, TRAINING_ERROR, line)
+        case InputError() | OSError() | TrainingError():
+            return Fault(rank, status, line)
         case KeyboardInterrupt():
-            return Fault(rank, INTERRUPTED, "interrupted")
-        case SystemExit(code=int(code)):
-            return Fault(rank, code, f"ended with exit status {code}")
+            return Fault(rank, status, "interrupted")
+        case SystemExit():
+            return Fault(rank, status, f"ended with exit status {status}")
         case _:
-            return Fault(rank, 1, f"{type(error).__name__}: {line}; the traceback stands in its own output")
+            return Fault(
+                rank, status, f"{type(error).__name__}: {line}; the traceback stands in its own output"
+            )
 
 
 class FaultLine:
@@ -96,6 +97,7 @@ class FaultLine:
     def end(self, fault: Fault) -> NoReturn:
         """End this process at once, with the fault's exit status: nothing else can."""
         self.tell(fault)
+        records.end(fault.status, fault.line, is_cause=fault.rank == self.rank)
         sys.stdout.flush()
         os._exit(fault.status)
 

@@ -14,6 +14,7 @@ from pretrain.errors import InputError
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FIRST_PORT, PORTS = 10_000, 22_768  # below the ports that the kernel hands out, which begin at 32768
 STEPS_PER_JOB = 7  # of Slurm, whose ports differ; the jobs of a machine mostly have neighbouring numbers
+RESTART_STRIDE = 3_571  # a job that is started again takes another port: the old one may have been taken
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def _slurm_port(environ: Mapping[str, str]) -> int:
     """A port that other jobs and steps on the machine do not compute."""
     job = _number(environ, "SLURM_JOB_ID", "0")
     step = _number(environ, "SLURM_STEP_ID" if "SLURM_STEP_ID" in environ else "SLURM_STEPID", "0")
-    return FIRST_PORT + (job * STEPS_PER_JOB + step) % PORTS
+    restarts = _number(environ, "SLURM_RESTART_COUNT", "0")
+    return FIRST_PORT + (job * STEPS_PER_JOB + step + restarts * RESTART_STRIDE) % PORTS
 
 
 def expand_hosts(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.dis
 
 from pretrain import distributed
 from pretrain.config.schema import EngineConfig
-from pretrain.errors import InputError, TrainingError
+from pretrain.errors import InputError, LostPeerError, TrainingError
 from pretrain.faults import Fault, FaultLine, PeerError, fault_of
 from pretrain.ranks import SINGLE, Ranks, detect
 
@@ -37,7 +37,7 @@ def session(cfg: EngineConfig) -> Iterator[torch.device]:
 
     Raises:
         InputError: the environment contradicts itself, the device is not there, or the ranks cannot meet.
-        TrainingError: a rank is missing or went away.
+        TrainingError: a rank is missing; a `LostPeerError`: one went away.
         SystemExit: another rank failed; rank 0 has said why.
     """
     ranks = detect(os.environ)
@@ -58,7 +58,7 @@ def session(cfg: EngineConfig) -> Iterator[torch.device]:
         fault = _published(error, line, cfg.timeout)
         if fault.rank == ranks.rank:
             if isinstance(error, RuntimeError) and fault.status == 3 and not isinstance(error, TrainingError):
-                raise TrainingError(fault.line) from error
+                raise LostPeerError(fault.line) from error
             raise
         line.tell(fault)
         raise SystemExit(fault.status) from error

@@ -15,6 +15,7 @@ import torch
 
 from pretrain import distributed
 from pretrain.batch import Batch
+from pretrain.command_line import STOPPED
 from pretrain.config.derived import micro_batch_size
 from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
@@ -34,7 +35,7 @@ from pretrain.ranks import detect
 from pretrain.report import Report
 from pretrain.run.checkpoint import Checkpoints
 from pretrain.run.lock import RunLock
-from pretrain.run.preemption import STOPPED, Preemption
+from pretrain.run.preemption import Preemption
 from pretrain.run.profiling import PhaseTimer, StepProfiler
 from pretrain.run.watchdog import Watchdog
 from pretrain.session import pick_device, session

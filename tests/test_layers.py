@@ -21,41 +21,44 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
         "sharded",
         "errors",
         "command_line",
-        "cluster",
         "ranks",
+        "records",
+        "revision",
         "faults",
         "session",
         "processes",
     },
     {"models", "heads", "losses", "method", "optim", "data"},
-    {"engines", "run", "export", "surgery"},
+    {"engines", "run", "export", "surgery", "cluster"},
     {"analysis"},
-    {"start", "report", "train", "dry_run", "job", "cli", "__main__"},
+    {"start", "report", "train", "dry_run", "preflight", "job", "cli", "__main__"},
 ]
 ARROWS = {
-    *{(name, "errors") for name in ("config", "ranks", "faults", "cluster", "command_line")},
-    ("faults", "command_line"),
+    *{(name, "errors") for name in ("config", "ranks", "faults", "command_line")},
+    *{("faults", "command_line"), ("faults", "records"), ("records", "command_line")},
     *{("session", name) for name in ("config", "distributed", "errors", "faults", "ranks")},
-    ("cluster", "config"),
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
-    *{("engines", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
+    *{("engines", "run"), ("cluster", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
     *{
         ("train", "start"),
         ("train", "report"),
         ("dry_run", "start"),
         ("cli", "dry_run"),
         ("job", "train"),
+        ("job", "preflight"),
         ("cli", "train"),
         ("__main__", "cli"),
     },
 }
 NO_TORCH = [
-    *("config", "cluster", "cli", "command_line", "seeding", "errors", "ranks"),
+    *("config", "cluster", "job", "cli", "command_line", "seeding", "errors", "ranks", "records", "revision"),
     *("data.shards", "data.index", "data.order", "data.remote", "data.retry", "data.cache"),
 ]
 NESTED = {  # only for speed: these answer before torch is imported
     ("pretrain.cli", "pretrain.train"),
     ("pretrain.cli", "pretrain.dry_run"),
+    ("pretrain.job", "pretrain.train"),
+    ("pretrain.job", "pretrain.preflight"),
     ("pretrain.seeding", "torch"),
     ("pretrain.engines.deepspeed_start", "pretrain.engines.deepspeed_engine"),  # not always installed
 }

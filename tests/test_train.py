@@ -20,7 +20,7 @@ from pretrain.errors import InputError, TrainingError
 from pretrain.export import read_export
 from pretrain.models.vit import VisionTransformer
 from pretrain.run.checkpoint import Checkpoints
-from pretrain.run.preemption import STOPPED
+from pretrain.command_line import STOPPED
 from pretrain.train import build, main
 
 ROOT = Path(__file__).parent.parent

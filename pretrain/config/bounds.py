@@ -30,6 +30,7 @@ BOUNDS = (
         optim.global_batch_size engine.accumulation_steps engine.fsdp2.replicate checkpoint.every
         checkpoint.keep checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop
         log.knn.batch_size log.images.number run.preemption_check_every
+        cluster.nodes cluster.tasks_per_node cluster.cpus_per_task cluster.max_crashes
         """,
     ),
     Bound("between 1 and 128", lambda value: 1 <= value <= 128, "data.channels"),  # 128: OpenCV's limit
@@ -45,6 +46,8 @@ BOUNDS = (
         optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
         optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps checkpoint.keep_every
         log.knn.every log.images.every log.norms_every engine.hang_timeout
+        cluster.gpus_per_node cluster.mem_gb cluster.max_restarts cluster.max_bad_nodes
+        cluster.preflight_timeout cluster.min_free_gb
         """,
     ),
     Bound(
@@ -53,7 +56,7 @@ BOUNDS = (
         """
         model.ffn_ratio model.layer_scale loss.student_temp teacher.warmup_temp teacher.temp optim.lr
         log.knn.temperature data.worker_timeout data.cache.max_gb data.io_timeout
-        engine.timeout
+        engine.timeout cluster.images_per_s
         """,
     ),
     Bound(
@@ -69,6 +72,7 @@ BOUNDS = (
         "at least 0 and below 1", lambda value: 0 <= value < 1, "model.drop_path_rate optim.beta1 optim.beta2"
     ),
     Bound("above 0 and at most 1", lambda value: 0 < value <= 1, "optim.layerwise_decay mask.min_aspect"),
+    Bound("between 10 and 65535", lambda value: 10 <= value <= 65535, "cluster.signal_seconds"),  # sbatch's
     Bound("between 0 and 0.5", lambda value: 0 <= value <= 0.5, "data.augment.hue"),
 )
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from pretrain.config.bounds import check_bounds
+from pretrain.config.cluster_checks import cluster_fault
 from pretrain.config.deepspeed_extra import extra_fault
 from pretrain.config.derived import ibot_head, peak_lr, uses_rmlp, vit_shape
 from pretrain.config.schema import (
@@ -52,6 +53,8 @@ def check(cfg: Config) -> None:
         _check_rmlp_draws(cfg.rmlp, cfg.loss)
         _check_rmlp_sinkhorn(cfg)
     _require(bool(cfg.run.dir.strip()), "run.dir", "is empty; name a folder")
+    key, fault = cluster_fault(cfg.cluster)
+    _require(not fault, key, fault)
     _check_knn(cfg.log.knn)
     _check_profile_steps(cfg.log.profile_steps)
 

@@ -37,13 +37,28 @@ class Source(NamedTuple):
     values: DictConfig
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    cluster_file: Path | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """The checked config of a YAML file, its `base:` files and `key=value` overrides.
+
+    Args:
+        path: of the file.
+        overrides: laid over the file.
+        cluster_file: a person's defaults for section `cluster`, laid under the file; need not exist.
+        options: settings by section and name, such as {"cluster": {"nodes": 8}}, laid over everything.
 
     Raises:
         ConfigError: with one line that names the file (or the command line), the key and the fault.
     """
     sources = [*_read_files(Path(path)), *(_read_override(text) for text in overrides)]
+    if cluster_file is not None and cluster_file.exists():
+        sources.insert(0, _source(str(cluster_file), {"cluster": _read_yaml(cluster_file, None)}))
+    if options:
+        sources.append(_source(COMMAND_LINE, dict(options)))
     cfg = _resolve(_merge(sources), sources)
     try:
         checks.check(cfg)
@@ -170,6 +185,8 @@ def _fit_value(value: Any, kind: Any, key: str) -> Any:
         return _fit_list(value, key)
     if isinstance(value, Mapping | list):
         raise ValueError(f"{key}: needs one value, got {value!r}")
+    if key == "cluster.time" and not isinstance(value, str):
+        raise ValueError(f"{key}: write it in quotes, as '1:30:00'; without them YAML reads that as 5400")
     return value
 
 

@@ -2,7 +2,7 @@
 
 Defaults are DINOv2's short recipe (ViT-L/16, ImageNet-1k, batch 2048, 125,000 steps) unless a comment says
 otherwise. Time is counted in optimizer steps only. Sections by intent: science (model, method, heads, rmlp,
-loss, teacher, data, mask, optim), efficiency (engine), orchestration (run, checkpoint, log).
+loss, teacher, data, mask, optim), efficiency (engine), orchestration (run, checkpoint, log, cluster).
 """
 
 from dataclasses import dataclass, field
@@ -309,6 +309,42 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """How launchers/slurm.py asks Slurm for machines; training itself reads none of it.
+
+    `~/.config/pretrain/cluster.yaml` holds defaults for all runs: keys of this section, without its name.
+    """
+
+    nodes: int = 1  # machines
+    gpus_per_node: int = 8  # 0 = CPU machines
+    tasks_per_node: int | None = None  # processes on a machine; null = one per GPU, or 1 without GPUs
+    cpus_per_task: int | None = None  # cores of a process; null = data.workers + 2
+    mem_gb: int | None = None  # memory of a machine, GiB; null = the cluster's default, 0 = all of it
+    partition: str = ""  # empty = the cluster's default, here and below
+    account: str = ""  # that pays
+    qos: str = ""  # quality of service
+    time: str = ""  # limit of one attempt, as 2-00:00:00 (days) or 90 (minutes); the run goes on after it
+    constraint: str = ""  # features of the machines, such as h100
+    exclude: str = ""  # machines not to use, such as gpu[03-05],gpu17
+    dependency: str = ""  # of other jobs, such as afterok:1234
+    mail: str = ""  # address that hears of begin, end, failure and requeue
+    name: str = ""  # of the job; empty = the name of run.dir
+    setup: list[str] = field(default_factory=list)  # shell lines before the start, such as module load cuda
+    container_image: str = ""  # image that the processes run in (needs Slurm's pyxis)
+    container_mounts: list[str] = field(default_factory=list)  # SOURCE:TARGET, beside the run's own folders
+    python: str = ""  # interpreter of the processes; empty = the one that submits
+    sbatch_args: list[str] = field(default_factory=list)  # further options, such as --reservation=vision
+    srun_args: list[str] = field(default_factory=list)  # likewise, of srun
+    signal_seconds: int = 120  # before the time limit at which the ranks save; longer than a save takes
+    max_restarts: int = 100  # of one job, for whatever reason, before it stops
+    max_crashes: int = 3  # in a row without a new checkpoint, before it stops; the same error twice does too
+    max_bad_nodes: int = 2  # machines that may be excluded, because they failed the check at the start
+    preflight_timeout: float = 300.0  # seconds for all ranks to be there and to talk; 0 = no check
+    min_free_gb: float = 1.0  # 10^9 bytes that must be free where a machine writes
+    images_per_s: float | None = None  # measured, of one GPU; for the estimate of GPU-hours
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. `pretrain.config.checks.check` holds the rules between its fields."""
 
@@ -326,3 +362,4 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

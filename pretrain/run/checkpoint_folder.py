@@ -119,6 +119,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(complete_checkpoints(folder)), None)
 
 
+def newest_step(folder: Path) -> int:
+    """Optimizer steps done in the newest complete checkpoint; 0 without one."""
+    newest = newest_checkpoint(folder)
+    return _step(newest) if newest else 0
+
+
 def require_complete(path: Path) -> None:
     """Refuse a folder that is not a complete checkpoint.
 

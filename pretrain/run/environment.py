@@ -3,11 +3,12 @@
 import hashlib
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from pretrain.revision import code_revision
 
 # the direct dependencies, optional ones included, under the names that pip knows
 PACKAGES = (
@@ -32,33 +33,6 @@ def describe() -> str:
 def config_hash(text: str) -> str:
     """16 hexadecimal digits that name a config's text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def code_revision(package: Path) -> str:
-    """The git revision of the code in a folder, `(modified)` when its files differ from it.
-
-    A package installed inside another checkout (in a virtual environment, say) is not of that revision, so
-    only a folder whose `__init__.py` git tracks counts.
-    """
-    revision = _git(package, "rev-parse", "HEAD")
-    if revision is None or _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return "not a git checkout"
-    changes = _git(package, "status", "--porcelain", "--", ".")
-    return f"{revision} (modified)" if changes else revision
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or None when there is no git, no checkout, or it fails."""
-    # inside a git hook GIT_DIR and its kind would point git at another repository
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    command = ["git", "-C", str(folder), *arguments]
-    try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _versions() -> dict[str, str]:

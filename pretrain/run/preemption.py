@@ -10,7 +10,6 @@ from typing import Self
 
 from pretrain.distributed import largest
 
-STOPPED = 75  # exit status: a checkpoint was saved, the same command continues (EX_TEMPFAIL of sysexits.h)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -1,0 +1,127 @@
+"""What is looked at before anything is submitted or written."""
+
+import socket
+import tempfile
+from pathlib import Path
+
+from pretrain.cluster import scheduler
+from pretrain.cluster.job_folder import Job, job_folders
+from pretrain.cluster.layout import tasks_per_node, world_size
+from pretrain.config.derived import micro_batch_size
+from pretrain.config.schema import Config
+from pretrain.data.shards import shard_names
+from pretrain.errors import InputError
+from pretrain.processes import started
+from pretrain.run.checkpoint_folder import newest_step, require_complete
+
+
+def check_run(cfg: Config) -> int:
+    """Refuse what could not train on this many devices.
+
+    Returns:
+        Optimizer steps that the run has done already.
+
+    Raises:
+        InputError: one line that names the setting and the fix.
+    """
+    _check_ranks(cfg)
+    _check_shards(cfg)
+    run_dir = Path(cfg.run.dir)
+    done = newest_step(run_dir / "checkpoints")
+    if done >= cfg.run.steps:
+        raise InputError(f"run.dir: {run_dir} is finished at step {done}; set run.steps higher to train on")
+    _check_start(cfg, done)
+    _check_writable(run_dir)
+    if not cfg.cluster.dependency:
+        _check_idle(run_dir)
+    return done
+
+
+def check_with_slurm(cfg: Config, script: str) -> str:
+    """Let Slurm judge the script.
+
+    Returns:
+        When it would start, in Slurm's words.
+
+    Raises:
+        InputError: Slurm would refuse it, or let it wait for ever.
+    """
+    scheduler.require_slurm()
+    answer = scheduler.test_only(script)
+    name, limit = scheduler.partition_limit(cfg.cluster.partition)
+    asked = scheduler.minutes(cfg.cluster.time) if cfg.cluster.time else 0.0
+    if asked > limit:  # sbatch takes such a job, and never starts it
+        raise InputError(
+            f"cluster.time: {cfg.cluster.time} is longer than partition {name} allows, {limit:g} minutes"
+        )
+    signal = cfg.cluster.signal_seconds
+    if 0 < (asked or limit) * 60 <= signal:
+        raise InputError(
+            f"cluster.signal_seconds: {signal} s before the time limit of {asked or limit:g} minutes is "
+            "before the start; lower it"
+        )
+    return answer
+
+
+def _check_ranks(cfg: Config) -> None:
+    size = world_size(cfg.cluster)
+    if cfg.engine.kind == "single" and size > 1:
+        per_node = tasks_per_node(cfg.cluster)
+        raise InputError(
+            f"engine.kind=single trains in one process, not in {cfg.cluster.nodes} x {per_node}; use "
+            "engine.kind=ddp (or fsdp2, deepspeed), or ask for one"
+        )
+    micro_batch_size(cfg, size)
+
+
+def _check_shards(cfg: Config) -> None:
+    """All shards that the run reads are there."""
+    named = {
+        "log.knn.train": cfg.log.knn.train,
+        "log.knn.test": cfg.log.knn.test,
+        "log.images.shards": cfg.log.images.shards,
+        **{f"data.sources.{i}.shards": source.shards for i, source in enumerate(cfg.data.sources)},
+    }
+    if not cfg.data.sources:
+        named["data.shards"] = cfg.data.shards
+    for key, patterns in named.items():
+        if patterns:
+            shard_names(patterns, key)
+
+
+def _check_start(cfg: Config, done: int) -> None:
+    """What the run starts from is there; a job that waits for another one may find it later."""
+    if done or cfg.cluster.dependency:
+        return
+    if cfg.checkpoint.resume_from:
+        require_complete(Path(cfg.checkpoint.resume_from))
+    elif cfg.model.init_from and not Path(cfg.model.init_from).is_file():
+        raise InputError(f"model.init_from: {cfg.model.init_from}: no such file")
+
+
+def _check_writable(run_dir: Path) -> None:
+    """A file can be made where the run's folder is, or would be."""
+    place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"run.dir: {run_dir}: cannot write in {place} ({error.strerror})") from error
+
+
+def _check_idle(run_dir: Path) -> None:
+    """No other job is at work on the run: the second one would wait for the first one's lock, in vain."""
+    for folder in job_folders(run_dir):
+        job = folder.read()
+        if job.job_id and is_alive(job):
+            raise InputError(
+                f"run.dir: job {job.job_id} is at work on {run_dir}; cancel it (launchers/jobs.py cancel), "
+                f"or let this one follow with --dependency afterany:{job.job_id}"
+            )
+
+
+def is_alive(job: Job) -> bool:
+    """Whether a job waits or runs; of a process on another machine this cannot be told, so it does not."""
+    if job.kind == "slurm":
+        return scheduler.here() and scheduler.is_active(scheduler.job_facts(job.job_id))
+    return job.host == socket.gethostname() and bool(job.started) and started(job.job_id) == job.started

@@ -1,0 +1,137 @@
+"""The questions and orders for Slurm: sbatch, scontrol, squeue and scancel. None for its accounting."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pretrain.errors import InputError
+
+SECONDS = 60  # that a busy controller may take
+FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
+GONE = re.compile("Invalid job id", re.IGNORECASE)
+OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "PMI", "SUBMITIT_", "PRETRAIN_")  # variables
+PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
+ACTIVE = (*PENDING, "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+
+
+def require_slurm() -> None:
+    """Refuse to go on where there is no Slurm.
+
+    Raises:
+        InputError: a command is missing.
+    """
+    missing = [name for name in ("sbatch", "srun", "scontrol", "scancel") if shutil.which(name) is None]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)}: not found; run this on a machine of a Slurm cluster, or use "
+            "launchers/local.py, or --cluster local"
+        )
+
+
+def call(*command: str, text: str | None = None) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        InputError: it fails; the line holds its own words.
+    """
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        raise InputError(f"{command[0]}: {_words(done.stderr) or f'exit status {done.returncode}'}")
+    return done.stdout + (done.stderr if "--test-only" in command else "")
+
+
+def job_facts(job_id: str) -> dict[str, str]:
+    """What `scontrol show job` says, such as JobState; empty for a job that Slurm has forgotten."""
+    try:
+        return parse(call("scontrol", "show", "job", "-o", job_id))
+    except InputError as error:
+        if GONE.search(str(error)):
+            return {}
+        raise
+
+
+def parse(text: str) -> dict[str, str]:
+    """The fields `Name=value` of the first line."""
+    return dict(FIELD.findall(text.partition("\n")[0].strip()))
+
+
+def is_active(facts: dict[str, str]) -> bool:
+    """Whether a job waits or runs."""
+    return facts.get("JobState", "") in ACTIVE
+
+
+def requeue(job_id: str, exclude: Sequence[str]) -> None:
+    """Let a running job start again, not on some machines.
+
+    Slurm changes the machines of waiting jobs only, so the order is this one.
+    """
+    call("scontrol", "requeue", job_id)
+    if exclude:
+        call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
+
+
+def test_only(script: str) -> str:
+    """When sbatch would start a script, in its words.
+
+    Raises:
+        InputError: it would refuse.
+    """
+    return _words(call("sbatch", "--test-only", text=script))
+
+
+def partition_limit(partition: str) -> tuple[str, float]:
+    """Name and longest time, in minutes, of a partition; "" stands for the cluster's default."""
+    names = ("-o", "show", "partition", *([partition] if partition else []))
+    lines = [parse(line) for line in call("scontrol", *names).splitlines()]
+    chosen = next((line for line in lines if partition or line.get("Default") == "YES"), {})
+    return chosen.get("PartitionName", partition), minutes(chosen.get("MaxTime", "UNLIMITED"))
+
+
+def minutes(time: str) -> float:
+    """A time as Slurm writes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    if time in ("UNLIMITED", "INFINITE", "NONE", "Partition_Limit"):
+        return float("inf")
+    days, _, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, mins, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, mins, seconds = parts
+    else:
+        hours, (mins, seconds) = 0, (*parts, 0)[:2]
+    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+
+
+@contextmanager
+def outside_of_a_job() -> Iterator[None]:
+    """Hide what Slurm tells the job that this process runs in, if any: a job may submit another one."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS")
+    hidden = {name: os.environ[name] for name in list(os.environ) if name.startswith(OF_A_JOB)}
+    try:
+        for name in hidden:
+            if name not in kept:
+                del os.environ[name]
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def here() -> bool:
+    """Whether this machine can talk to Slurm."""
+    return shutil.which("scontrol") is not None
+
+
+def _words(text: str) -> str:
+    """The lines of a command without its name before each."""
+    lines = [
+        re.sub(r"^(sbatch|scontrol|scancel|squeue|srun): (error: )?", "", line) for line in text.splitlines()
+    ]
+    return "; ".join(line.strip() for line in lines if line.strip())
