@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.command_line import STOPPED
 from pretrain.config.load import load_config, save_config
 from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
@@ -20,7 +21,6 @@ from pretrain.errors import InputError, TrainingError
 from pretrain.export import read_export
 from pretrain.models.vit import VisionTransformer
 from pretrain.run.checkpoint import Checkpoints
-from pretrain.command_line import STOPPED
 from pretrain.train import build, main
 
 ROOT = Path(__file__).parent.parent

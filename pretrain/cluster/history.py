@@ -99,7 +99,7 @@ def look_back(folder: JobFolder, job: Job, number: int, lost: bool = False) -> A
     records = read_records(folder.attempt(number))
     fates = _fates(folder, begin)
     if lost and not any(record.status and record.is_cause for record in records.values()):
-        saved = any(record.status == STOPPED for record in records.values())
+        saved = any(_saved(record) for record in records.values())
         line = "it ended as a whole: its first machine failed, or the job was killed"
         ends = max((record.ended or 0 for record in records.values()), default=0) or time.time()
         blank = replace(blank, ended=ends)
@@ -116,7 +116,7 @@ def _judged(blank: Attempt, job: Job, records: Mapping[int, Record], fates: Fate
     if causes and causes[0].is_cause:
         return _crashed(blank, causes[0])
     silent = [rank for rank in range(job.world_size) if rank not in records or records[rank].status is None]
-    saved = blank.step > blank.step_before and any(r.status == STOPPED for r in records.values())
+    saved = any(_saved(record) for record in records.values())
     if silent and not saved:
         return _killed(blank, job, silent, records, fates)
     if causes:
@@ -124,6 +124,11 @@ def _judged(blank: Attempt, job: Job, records: Mapping[int, Record], fates: Fate
     if any(record.status == STOPPED for record in records.values()):
         return replace(blank, outcome="stopped", status=STOPPED, line="saved, can be continued")
     return replace(blank, line=f"finished at step {blank.step}")
+
+
+def _saved(record: Record) -> bool:
+    """Whether the process stopped after a save, and not by an exception before it trained."""
+    return record.status == STOPPED and not record.signature
 
 
 def _crashed(blank: Attempt, cause: Record) -> Attempt:

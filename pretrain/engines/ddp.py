@@ -18,6 +18,26 @@ NEW_NAME = "forward_sync_buffers" in signature(DistributedDataParallel).paramete
 NO_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if NEW_NAME else "broadcast_buffers": False}
 
 
+class FixedBuckets(DistributedDataParallel):
+    """DDP whose gradients travel in the same buckets in every step.
+
+    As it comes, DDP sends all in one bucket first and forms others after the first step. From four ranks on,
+    where a number lies in its bucket decides the order of its sum: a run that was continued would differ in
+    the last digit from one that was not. The buckets are filled from the last parameter to the first, about
+    as the backward pass completes them.
+    """
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        super().__init__(module, **options)
+        if not self.find_unused_parameters:  # else DDP keeps its first buckets
+            self.reducer._push_all_rebuilt_params()
+            self.reducer._rebuild_buckets()
+
+    def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
+        parameters, sparse = super()._build_params_for_reducer()
+        return parameters[::-1], sparse[::-1]
+
+
 class DdpEngine(SingleEngine):
     """`SingleEngine` whose student is wrapped; all ranks hold the same weights at all times."""
 
@@ -32,7 +52,7 @@ class DdpEngine(SingleEngine):
     ) -> None:
         """As for `SingleEngine`; a process group must be running."""
         super().__init__(student, teacher, method, optim, engine, device)
-        self.wrapped = DistributedDataParallel(
+        self.wrapped = FixedBuckets(
             student,
             **NO_BUFFERS,  # there are none that a forward changes
             gradient_as_bucket_view=True,
