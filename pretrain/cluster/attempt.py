@@ -24,8 +24,6 @@ from pretrain.errors import InputError
 from pretrain.ranks import expand_hosts
 from pretrain.run.checkpoint_folder import newest_step
 
-NO_RESTART = ("CANCELLED", "DEADLINE")  # states of a job that somebody wants to end
-
 
 def begin(folder: JobFolder, number: int, nodes: list[str]) -> Verdict | None:
     """Start an attempt, or say why there is none.
@@ -91,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(verdict.why)
             print(verdict.status)
         return 0
-    state = scheduler.job_facts(job_id).get("JobState", "")
-    verdict = end(folder, number, cancelled=state in NO_RESTART)
+    cancelled = scheduler.is_cancelled(scheduler.job_facts(job_id))
+    verdict = end(folder, number, cancelled)
     print(_restart(folder, job_id, verdict) if verdict.action == "restart" else verdict.status, flush=True)
     return 0
 

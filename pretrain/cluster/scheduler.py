@@ -63,6 +63,15 @@ def parse(text: str) -> dict[str, str]:
     return dict(FIELD.findall(text.partition("\n")[0].strip()))
 
 
+def is_cancelled(facts: dict[str, str]) -> bool:
+    """Whether a person or a deadline ends a job, asked from within it: its processes are signalled first.
+
+    Slurm 22.05 calls it COMPLETING then, as after the time limit, where it names that as the reason.
+    """
+    state, reason = facts.get("JobState", ""), facts.get("Reason", "None")
+    return state in ("CANCELLED", "DEADLINE") or (state == "COMPLETING" and reason == "None")
+
+
 def is_active(facts: dict[str, str]) -> bool:
     """Whether a job waits or runs."""
     return facts.get("JobState", "") in ACTIVE
