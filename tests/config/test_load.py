@@ -165,3 +165,26 @@ def test_errors_name_the_source(folder: Path, base: str, top: str, overrides: li
     with pytest.raises(ConfigError) as error:
         load_config("top.yaml", overrides)
     assert str(error.value).startswith(blamed)
+
+
+def test_a_persons_cluster_file_lies_under_the_config_and_options_lie_over_all(tmp_path: Path) -> None:
+    mine, config = tmp_path / "cluster.yaml", tmp_path / "run.yaml"
+    mine.write_text("partition: mine\naccount: mine\nqos: mine\ntime: '90'\n")
+    config.write_text("cluster: {account: run, qos: run}\n")
+    cfg = load_config(
+        config, ["cluster.qos=line"], mine, {"cluster": {"nodes": 3, "time": "1:30:00"}}
+    ).cluster
+    assert (cfg.partition, cfg.account, cfg.qos, cfg.time, cfg.nodes) == ("mine", "run", "line", "1:30:00", 3)
+    mine.write_text("partitoin: mine\n")
+    with pytest.raises(
+        ConfigError, match=r"cluster.yaml: cluster.partitoin: no such key; did you mean cluster.part"
+    ):
+        load_config(config, [], mine)
+
+
+@pytest.mark.parametrize("time", ["90", "1:30:00"])
+def test_a_time_that_yaml_reads_as_a_number_is_refused(time: str, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"cluster: {{time: {time}}}\n")
+    with pytest.raises(ConfigError, match=r"cluster\.time: write it in quotes, as '1:30:00'"):
+        load_config(config)

@@ -161,9 +161,9 @@ def _flat(tree: Any, name: str) -> list[tuple[str, Tensor]]:
     return [(name, tree)] if isinstance(tree, Tensor) else []
 
 
-def assert_same_end(run_dir: Path, reference: Path) -> None:
+def assert_same_end(run_dir: Path, reference: Path, step: int = STEPS) -> None:
     """Bit for bit the same checkpoint after the last step, and the same curve."""
-    ours, theirs = weights(run_dir), weights(reference)
+    ours, theirs = weights(run_dir, step), weights(reference, step)
     assert ours.keys() == theirs.keys() and len(ours) > 100
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert losses(run_dir) == losses(reference)

@@ -1,0 +1,87 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.cluster.cost import estimate
+from pretrain.cluster.job_folder import JobFolder, job_folders, new_job_folder
+from pretrain.cluster.layout import with_absolute_paths
+from pretrain.cluster.scheduler import is_cancelled, minutes, parse
+from pretrain.cluster.snapshot import take_snapshot
+from pretrain.config.load import load_config
+from pretrain.config.schema import SourceConfig
+from pretrain.data.shards import shard_names
+from tests.cluster.jobs import new_job
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_paths_mean_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a-0.tar", "a-1.tar", "b.tar"):
+        Path(name).touch()
+    cfg = load_config(ROOT / "configs/demo.yaml", ["data.shards=[a-*.tar]", "model.init_from=x.safetensors"])
+    sources = [SourceConfig(["{a-0,b}.tar", "./a-{1..1}.tar", "https://host/{0..3}.tar", "pipe:cat a.tar"])]
+    moved = with_absolute_paths(replace(cfg, data=replace(cfg.data, sources=sources)))
+    here = [str(tmp_path / name) for name in ("a-0.tar", "a-1.tar", "b.tar")]
+    monkeypatch.chdir("/")
+    assert shard_names(moved.data.shards, "x") == here[:2]
+    assert moved.data.sources[0].shards[-2:] == ["https://host/{0..3}.tar", "pipe:cat a.tar"]
+    assert shard_names(moved.data.sources[0].shards[:-2], "x") == [here[0], here[2], here[1]]
+    assert moved.model.init_from == str(tmp_path / "x.safetensors")
+    assert moved.run.dir == str(tmp_path / "runs/demo")
+    assert (moved.checkpoint.resume_from, moved.data.cache.dir) == ("", cfg.data.cache.dir)
+
+
+def test_the_estimate() -> None:
+    cfg = load_config(ROOT / "configs/demo.yaml", ["run.steps=3600", "cluster.nodes=2"])
+    assert estimate(cfg, 0).startswith("3,600 steps x 128 images = 460,800 images on 16 GPUs; for the hours")
+    fast = replace(cfg, cluster=replace(cfg.cluster, images_per_s=8.0))
+    assert "1,800 steps" in estimate(fast, 1800)
+    assert "at 8 images/s each: 8.0 GPU-hours, 0:30:00 " in estimate(fast, 1800)
+
+
+def test_the_same_code_is_copied_once(tmp_path: Path) -> None:
+    package = tmp_path / "pretrain"
+    (package / "part").mkdir(parents=True)
+    (package / "part" / "a.py").write_text("x = 1\n")
+    (package / "notes.txt").write_text("no code")
+    first = take_snapshot(tmp_path / "run", package)
+    assert (first / "pretrain/part/a.py").read_text() == "x = 1\n"
+    assert not (first / "pretrain/notes.txt").exists()
+    assert (first / "REVISION").read_text() == "not a git checkout\n"
+    assert take_snapshot(tmp_path / "run", package) == first
+    (package / "part" / "a.py").write_text("x = 2\n")
+    assert take_snapshot(tmp_path / "run", package) != first
+    assert (first / "pretrain/part/a.py").read_text() == "x = 1\n"
+    assert len(list((tmp_path / "run/code").iterdir())) == 2
+
+
+def test_jobs_of_one_second_stay_in_order(tmp_path: Path) -> None:
+    folders = [new_job(tmp_path) for _ in range(12)]
+    assert [folder.path for folder in job_folders(tmp_path)] == [folder.path for folder in folders]
+    new_job_folder(tmp_path)  # without a job.json: it was never started
+    assert isinstance(folders[0], JobFolder) and len(job_folders(tmp_path)) == 12
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("90", 90),
+        ("1:30", 1.5),
+        ("01:30:00", 90),
+        ("2-00:00:00", 2880),
+        ("1-12", 2160),
+        ("UNLIMITED", float("inf")),
+    ],
+)
+def test_times_of_slurm(time: str, expected: float) -> None:
+    assert minutes(time) == expected
+
+
+def test_the_words_of_scontrol() -> None:
+    facts = parse("JobId=7 JobName=a b=c JobState=COMPLETING Reason=None NumNodes=2 Power= \nJobId=8")
+    assert (facts["JobName"], facts["NumNodes"], facts["Power"]) == ("a b=c", "2", "")
+    assert is_cancelled(facts)
+    assert not is_cancelled(facts | {"Reason": "TimeLimit"})
+    assert not is_cancelled(facts | {"JobState": "RUNNING"})
