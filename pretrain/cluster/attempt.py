@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(verdict.why)
             print(verdict.status)
         return 0
-    cancelled = scheduler.is_cancelled(scheduler.job_facts(job_id))
+    cancelled = scheduler.is_cancelled(scheduler.job_facts(job_id), number)
     verdict = end(folder, number, cancelled)
     print(_restart(folder, job_id, verdict) if verdict.action == "restart" else verdict.status, flush=True)
     return 0

@@ -12,7 +12,8 @@ from pretrain.errors import InputError
 SECONDS = 60  # that a busy controller may take
 FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
 GONE = re.compile("Invalid job id", re.IGNORECASE)
-OF_A_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "PMI", "SUBMITIT_", "PRETRAIN_")  # variables
+WAITS = re.compile("Job is pending execution", re.IGNORECASE)
+OF_A_JOB = ("SLURM_", "SLURMD_", "PMI", "SUBMITIT_", "PRETRAIN_")  # SBATCH_ are a person's own
 PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT", "CONFIGURING")
 ACTIVE = (*PENDING, "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
 
@@ -63,13 +64,20 @@ def parse(text: str) -> dict[str, str]:
     return dict(FIELD.findall(text.partition("\n")[0].strip()))
 
 
-def is_cancelled(facts: dict[str, str]) -> bool:
+def restarts_by_itself(facts: dict[str, str], attempt: int) -> bool:
+    """Whether Slurm has requeued a job already, asked from within an attempt: a machine of it has failed."""
+    return int(facts.get("Restarts", "0")) > attempt
+
+
+def is_cancelled(facts: dict[str, str], attempt: int) -> bool:
     """Whether a person or a deadline ends a job, asked from within it: its processes are signalled first.
 
-    Slurm 22.05 calls it COMPLETING then, as after the time limit, where it names that as the reason.
+    Slurm 22.05 calls it COMPLETING then, as after the time limit, where it names that as the reason, and as
+    after the failure of a machine, where it counts the restart that follows.
     """
     state, reason = facts.get("JobState", ""), facts.get("Reason", "None")
-    return state in ("CANCELLED", "DEADLINE") or (state == "COMPLETING" and reason == "None")
+    ends = state == "COMPLETING" and reason == "None" and not restarts_by_itself(facts, attempt)
+    return ends or state in ("CANCELLED", "DEADLINE")
 
 
 def is_active(facts: dict[str, str]) -> bool:
@@ -82,7 +90,11 @@ def requeue(job_id: str, exclude: Sequence[str]) -> None:
 
     Slurm changes the machines of waiting jobs only, so the order is this one.
     """
-    call("scontrol", "requeue", job_id)
+    try:
+        call("scontrol", "requeue", job_id)
+    except InputError as error:
+        if not WAITS.search(str(error)):  # Slurm was faster
+            raise
     if exclude:
         call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
 
@@ -93,7 +105,8 @@ def test_only(script: str) -> str:
     Raises:
         InputError: it would refuse.
     """
-    return _words(call("sbatch", "--test-only", text=script))
+    with outside_of_a_job():
+        return _words(call("sbatch", "--test-only", text=script))
 
 
 def partition_limit(partition: str) -> tuple[str, float]:

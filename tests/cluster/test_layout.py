@@ -82,6 +82,8 @@ def test_times_of_slurm(time: str, expected: float) -> None:
 def test_the_words_of_scontrol() -> None:
     facts = parse("JobId=7 JobName=a b=c JobState=COMPLETING Reason=None NumNodes=2 Power= \nJobId=8")
     assert (facts["JobName"], facts["NumNodes"], facts["Power"]) == ("a b=c", "2", "")
-    assert is_cancelled(facts)
-    assert not is_cancelled(facts | {"Reason": "TimeLimit"})
-    assert not is_cancelled(facts | {"JobState": "RUNNING"})
+    assert is_cancelled(facts, 0)
+    assert not is_cancelled(facts | {"Reason": "TimeLimit"}, 0)
+    assert not is_cancelled(facts | {"JobState": "RUNNING"}, 0)
+    assert not is_cancelled(facts | {"Restarts": "1"}, 0)  # a machine failed, and Slurm has requeued it
+    assert is_cancelled(facts | {"Restarts": "1"}, 1)

@@ -23,8 +23,8 @@ from tests.slurm.virtual_cluster import VirtualCluster
 ROOT = Path(__file__).parents[2]
 STEPS = 24
 
-FAULT = """\
-import importlib.machinery, os, sys
+EVENT = """\
+import importlib.machinery, os, sys, time
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -38,12 +38,11 @@ class Finder:
 def change(module):
     real = module.train_step
     def train_step(run, step, *rest):
-        if step == 7 and os.environ["PRETRAIN_ATTEMPT"] in {attempts}:
-            raise RuntimeError("this step fails")
+        {event}
         return real(run, step, *rest)
     module.train_step = train_step
 
-if os.environ.get("SLURM_PROCID") == "1":
+if os.environ.get("SLURM_PROCID") in {ranks}:
     sys.meta_path.insert(0, Finder())
 """
 
@@ -78,8 +77,20 @@ def write_config(folder: Path, shards: Path, **cluster: Any) -> Path:
 
 def write_fault(folder: Path, *attempts: int) -> str:
     """Let rank 1 fail at step 7 of these attempts; a line for cluster.setup."""
+    numbers = [str(number) for number in attempts]
+    event = f"""if step == 7 and os.environ["PRETRAIN_ATTEMPT"] in {numbers}:
+            raise RuntimeError("this step fails")"""
+    return _write_event(folder, event, ["1"])
+
+
+def write_pause(folder: Path, seconds: float) -> str:
+    """Let every step take this much longer; a line for cluster.setup."""
+    return _write_event(folder, f"time.sleep({seconds})", ["0", "1", "2", "3"])
+
+
+def _write_event(folder: Path, event: str, ranks: list[str]) -> str:
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FAULT.format(attempts=[str(n) for n in attempts]))
+    (folder / "sitecustomize.py").write_text(EVENT.format(event=event, ranks=ranks))
     return f"export PYTHONPATH={folder}"
 
 

@@ -20,6 +20,7 @@ from tests.slurm.runs import (
     wait_until,
     write_config,
     write_fault,
+    write_pause,
 )
 from tests.slurm.virtual_cluster import VirtualCluster
 
@@ -43,13 +44,14 @@ def preempt(cluster: VirtualCluster, job: str, run: Path) -> None:
     )
 
 
-def kill_last_node(cluster: VirtualCluster, job: str, run: Path) -> None:
+def kill_slurmd(cluster: VirtualCluster, job: str, run: Path) -> None:
+    """Slurm loses the machine, whose ranks live on until it ends the others."""
     cluster.kill_node(_nodes(cluster, job)[1])
 
 
-def kill_first_node(cluster: VirtualCluster, job: str, run: Path) -> None:
-    """The batch script is lost with it."""
-    cluster.kill_node(_nodes(cluster, job)[0])
+def lose_first_node(cluster: VirtualCluster, job: str, run: Path) -> None:
+    """Ranks and batch script are gone at once."""
+    cluster.lose_node(_nodes(cluster, job)[0])
 
 
 def nothing(cluster: VirtualCluster, job: str, run: Path) -> None:
@@ -61,14 +63,19 @@ def _nodes(cluster: VirtualCluster, job: str) -> list[str]:
     return expand_hosts(cluster.job(job)["NodeList"])
 
 
+# seconds that are added to a step: Slurm waits for the time limit, or for an answer of a machine
+LONG = {
+    "time limit": 1.0,
+    "`kill -9` of the second machine's slurmd": 3.0,
+}
 ACCIDENTS: dict[str, tuple[Accident, list[str], str]] = {
     "`scancel --signal=USR2`": (usr2, [], "stopped"),
     "time limit": (nothing, ["--partition=short", "--time=1", "cluster.signal_seconds=45"], "stopped"),
     "preemption, SIGTERM only, 20 s of grace": (preempt, ["--partition=low"], "stopped"),
     "SIGKILL of rank 3": (kill_rank, [], "killed"),
     "exception on rank 1 at step 7": (nothing, [], "crashed"),
-    "`kill -9` of the second machine's slurmd": (kill_last_node, [], "lost"),
-    "`kill -9` of the first machine's slurmd": (kill_first_node, [], "lost"),
+    "`kill -9` of the second machine's slurmd": (kill_slurmd, [], "stopped"),
+    "first machine gone, with ranks and batch script": (lose_first_node, [], "lost"),
 }
 
 
@@ -88,7 +95,11 @@ def test_every_accident_ends_in_the_same_weights(
     name: str, cluster: VirtualCluster, reference: Path, shards: Path, tmp_path: Path, rows: list[str]
 ) -> None:
     happens, options, outcome = ACCIDENTS[name]
-    setup = [write_fault(tmp_path / "fault", 0)] if name.startswith("exception") else []
+    setup = []
+    if happens is nothing and outcome == "crashed":
+        setup = [write_fault(tmp_path / "event", 0)]
+    elif name in LONG:
+        setup = [write_pause(tmp_path / "event", LONG[name])]
     run = tmp_path / "run"
     job = Shell(cluster, tmp_path).launch(write_config(tmp_path, shards, setup=setup), *options)
     if happens is not nothing:

@@ -172,6 +172,15 @@ class VirtualCluster:
         daemon.kill()
         daemon.wait()
 
+    def lose_node(self, name: str) -> None:
+        """Kill all that runs on a node, as when its power fails."""
+        self.kill_node(name)
+        tasks = [pid for pid in self.processes() if f"SLURMD_NODENAME={name}".encode() in _environment(pid)]
+        parents = [int(_status(pid, "PPid") or 0) for pid in tasks]
+        for pid in {*tasks, *(pid for pid in parents if _status(pid, "Name") == "slurmstepd")}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def start_node(self, name: str) -> None:
         """Start a killed slurmd again, until the node is up."""
         self._spawn(name, "slurmd", "-D", "-N", name)
@@ -211,10 +220,7 @@ class VirtualCluster:
         return [int(path.name) for path in Path("/proc").glob("[1-9]*") if self._owns(path)]
 
     def _owns(self, process: Path) -> bool:
-        try:
-            held = (process / "environ").read_bytes().split(b"\0")
-        except OSError:  # ended meanwhile
-            return False
+        held = _environment(int(process.name))
         conf, mark = (
             os.fsencode(f"{key}={value}")
             for mapping in (self.environment, self._mark)
@@ -238,6 +244,22 @@ def _outside() -> dict[str, str]:
     """The environment without what a job of another cluster, or its user, tells Slurm's commands."""
     slurms = ("SLURM", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SCONTROL_", "SCANCEL_")
     return {name: value for name, value in os.environ.items() if not name.startswith(slurms)}
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # ended meanwhile
+        return []
+
+
+def _status(pid: int, field: str) -> str:
+    """A line of the process table; empty when the process has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return line.split()[1]
+    return ""
 
 
 def _true(condition: Callable[[], bool]) -> bool:
