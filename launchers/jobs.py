@@ -9,7 +9,7 @@ python launchers/jobs.py resume RUN_DIR...        a new job that goes on
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from pretrain.cluster import submit
 from pretrain.cluster.checks import check_run, check_with_slurm, is_alive
 from pretrain.cluster.control import cancel
 from pretrain.cluster.cost import duration
-from pretrain.cluster.job_folder import job_folders, newest_job
+from pretrain.cluster.job_folder import JobFolder, job_folders, newest_job
 from pretrain.cluster.logs import follow, lines, rank_logs
 from pretrain.cluster.status import Status, status
 from pretrain.cluster.supervise import Supervisor
@@ -42,16 +42,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "logs":
             return _logs(options)
         case "cancel":
-            for run_dir in options.run_dir:
-                print(cancel(run_dir, options.now))
-            return 0
+            return max(_each(options.run_dir, lambda run_dir: _cancel(run_dir, options.now)))
         case _:
-            return max(_resume(run_dir, options.new_code) for run_dir in options.run_dir)
+            return max(_each(options.run_dir, lambda run_dir: _resume(run_dir, options.new_code)))
+
+
+def _each(run_dirs: Sequence[Path], command: Callable[[Path], int]) -> list[int]:
+    """The exit status for each run; one that is refused keeps no other from its turn."""
+    return [exit_status("jobs.py", lambda: command(run_dir)) for run_dir in run_dirs]  # noqa: B023
+
+
+def _cancel(run_dir: Path, now: bool) -> int:
+    print(cancel(run_dir, now))
+    return 0
 
 
 def _status(options: argparse.Namespace) -> int:
     given = options.run_dir or [path for path in sorted(Path("runs").glob("*")) if job_folders(path)]
-    found = [status(run_dir) for run_dir in given]
+    found: list[Status] = []
+
+    def look(run_dir: Path) -> int:
+        found.append(status(run_dir))
+        return 0
+
+    worst = max(_each(given, look), default=0)
     if options.json:
         print(json.dumps([asdict(one) for one in found], indent=1))
     elif found:
@@ -60,9 +74,9 @@ def _status(options: argparse.Namespace) -> int:
         for one in found:
             if one.last_error:
                 console.print(f"{one.run}: {one.last_error}", highlight=False, markup=False, soft_wrap=True)
-    else:
+    elif not given:
         print("no jobs in runs/; name the folders of runs")
-    return 0
+    return worst
 
 
 def _table(found: Sequence[Status]) -> Table:
@@ -92,7 +106,7 @@ def _logs(options: argparse.Namespace) -> int:
 
     if options.follow:
         with suppress(KeyboardInterrupt, BrokenPipeError):
-            for text in follow(newest, lambda: not is_alive(folder.read()), options.lines):
+            for text in follow(newest, lambda: _is_over(folder), options.lines):
                 print(text, end="", flush=True)
         return 0
     path = newest()
@@ -100,6 +114,14 @@ def _logs(options: argparse.Namespace) -> int:
         raise InputError(f"{folder.logs}: no output yet; see `status`, or logs -f to wait for it")
     print(f"==> {path} <==", *lines(path, options.lines), sep="\n")
     return 0
+
+
+def _is_over(folder: JobFolder) -> bool:
+    """Whether the job is over; no, while Slurm does not answer."""
+    try:
+        return not is_alive(folder.read())
+    except InputError:
+        return False
 
 
 def _resume(run_dir: Path, new_code: bool) -> int:
@@ -123,6 +145,12 @@ def _resume(run_dir: Path, new_code: bool) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
 def _check_code(code: str, new_code: bool) -> None:
     if not new_code and not Path(code).is_dir():
         raise InputError(f"{code}: the code of the last job is gone; add --new-code")
@@ -139,9 +167,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     logs = commands.add_parser("logs", help="the output of a rank")
     logs.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     logs.add_argument("-f", "--follow", action="store_true", help="until the job is over, across restarts")
-    logs.add_argument("--rank", type=int, default=0, help="default: 0")
+    logs.add_argument("--rank", type=_count, default=0, help="default: 0")
     logs.add_argument("--batch", action="store_true", help="the batch script's log: starts, ends, decisions")
-    logs.add_argument("--lines", type=int, default=40, help="to begin with (default: 40)")
+    logs.add_argument("--lines", type=_count, default=40, help="to begin with (default: 40)")
     stop = commands.add_parser("cancel", help="save and end")
     stop.add_argument("run_dir", nargs="+", type=Path, metavar="RUN_DIR")
     stop.add_argument("--now", action="store_true", help="without a save")

@@ -8,6 +8,7 @@ at it; its record says what it was.
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Task:
 
 def run(folder: JobFolder, own_log: bool = True) -> int:
     """Train as one of the processes of a job; 0 when finished, `STOPPED` when it is to be continued."""
-    _stop_on_signals()
+    _end_on_signals()
     attempt = int(os.environ.get(ATTEMPT, "0"))
     _take_submitit_ranks()
     ranks = detect(os.environ)
@@ -95,16 +96,29 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
-def _stop_on_signals() -> None:
-    """Until training looks at signals itself, there is nothing to save."""
+def _end_on_signals() -> None:
+    """Until training looks at signals itself there is nothing to save, so a signal ends the process at once.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
-        raise SystemExit(STOPPED)
-
+    A thread does it: the main one may wait for other ranks, in a call that no signal interrupts.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     for number in SIGNALS:
-        signal.signal(number, stop)
+        signal.signal(number, _noticed)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets the number of each signal
+    threading.Thread(target=_listen, args=(reader,), name="signals", daemon=True).start()
+
+
+def _noticed(number: int, frame: FrameType | None) -> None:
+    """The thread acts; after the training, a process that is about to end is left to do so."""
+
+
+def _listen(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            if number in SIGNALS and not records.has_trained():
+                records.end_unsaved()
+                _leave(0)
 
 
 def _write_to(log: Path) -> None:

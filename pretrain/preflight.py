@@ -52,7 +52,10 @@ def check_nodes(cfg: Config, ranks: Ranks) -> list[Store]:
     Raises:
         BadNodesError: machines are named that failed.
         TrainingError: the machines cannot talk to one another, and none can be blamed.
+        InputError: the config asks for a device that is not there, or the run's disk is full.
     """
+    if shared := _full(Path(cfg.run.dir), cfg.cluster.min_free_gb):
+        raise InputError(f"run.dir: {shared}")
     fault = _own_fault(cfg, ranks)
     if ranks.world_size == 1 or ranks.source == "torchelastic":  # one machine, whose agent watches
         if fault:
@@ -80,9 +83,9 @@ def _own_fault(cfg: Config, ranks: Ranks) -> str:
         if float(torch.ones(64, 64, device=device).sum()) != 64 * 64:
             return f"{device} adds up wrongly"
         socket.getaddrinfo(ranks.master_addr, None)
-    except (InputError, RuntimeError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         return " ".join(str(error).split())
-    places = [Path(tempfile.gettempdir()), Path(cfg.data.cache.dir).expanduser(), Path(cfg.run.dir)]
+    places = [Path(tempfile.gettempdir()), Path(cfg.data.cache.dir).expanduser()]
     return next((fault for place in places if (fault := _full(place, cfg.cluster.min_free_gb))), "")
 
 

@@ -13,7 +13,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from pretrain.command_line import status_of
+from pretrain.command_line import STOPPED, status_of
+
+UNSAVED = "no save"  # signature of a process that a signal ended before it trained, or while it failed
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Record:
 
 
 _mine: list[tuple[Path, Record]] = []
+_trained: list[bool] = []
 
 
 def node_name() -> str:
@@ -54,9 +57,24 @@ def begin(folder: Path, rank: int) -> None:
     _write(path, _mine[0][1])
 
 
+def note_training() -> None:
+    """Let others in this process know that training looks at signals itself from now on."""
+    _trained[:] = [True]
+
+
+def has_trained() -> bool:
+    """Whether training has begun in this process, and may have ended."""
+    return bool(_trained)
+
+
 def end(status: int, line: str = "", is_cause: bool = True) -> None:
     """Write down how this process ends; the first reason counts."""
     _complete(status=status, line=line, is_cause=is_cause)
+
+
+def end_unsaved() -> None:
+    """Write down that a signal ends this process while it has nothing to save."""
+    _complete(status=STOPPED, line="told to end", signature=UNSAVED)
 
 
 def end_with(error: BaseException, is_cause: bool, bad_nodes: list[str]) -> None:
@@ -81,8 +99,14 @@ def signature(error: BaseException) -> str:
 
 def read_records(folder: Path) -> dict[int, Record]:
     """The records of an attempt by rank; empty when no process has started."""
-    records = [Record(**json.loads(path.read_text())) for path in sorted(folder.glob("rank_*.json"))]
-    return {record.rank: record for record in records}
+    records = {}
+    for path in sorted(folder.glob("rank_*.json")):
+        with suppress(
+            OSError, ValueError, TypeError
+        ):  # cut off by a full disk: as one that was never written
+            record = Record(**json.loads(path.read_text()))
+            records[record.rank] = record
+    return records
 
 
 def _complete(**facts: object) -> None:

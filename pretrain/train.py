@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from pretrain import distributed
+from pretrain import distributed, records
 from pretrain.batch import Batch
 from pretrain.command_line import STOPPED
 from pretrain.config.derived import micro_batch_size
@@ -86,6 +86,7 @@ def _refuse_more_ranks_than_the_engine_has(cfg: Config) -> None:
 def _train(cfg: Config, device: torch.device) -> int:
     lock = RunLock(Path(cfg.run.dir)) if distributed.is_main() else nullcontext()
     with lock, Preemption(cfg.run.preemption_check_every) as preemption:
+        records.note_training()
         distributed.barrier()  # nobody touches the folder before rank 0 holds its lock
         run = build(cfg, device)
         if run.step >= cfg.run.steps:

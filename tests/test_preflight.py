@@ -10,6 +10,7 @@ import pytest
 
 from pretrain.config.load import load_config
 from pretrain.config.schema import Config
+from pretrain.errors import InputError
 from pretrain.preflight import BadNodesError, check_nodes, clock_faults, own_faults
 from pretrain.ranks import SINGLE, Ranks
 from tests.rank_processes import free_port
@@ -45,11 +46,14 @@ def test_the_first_fault_of_each_machine_counts() -> None:
     assert own_faults(reports) == {"a": "x", "c": "z"}
 
 
-def test_a_full_disk_is_a_fault_of_the_machine() -> None:
+def test_a_full_disk_is_a_fault_of_the_machine_unless_it_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config()
     cfg = replace(cfg, cluster=replace(cfg.cluster, min_free_gb=1e9))
-    with pytest.raises(BadNodesError, match=r"GB free in .*, below cluster.min_free_gb=1e\+09"):
+    with pytest.raises(InputError, match=r"^run.dir: .* GB free in .*, below cluster.min_free_gb=1e\+09"):
         check_nodes(cfg, SINGLE)
+    monkeypatch.setenv("HOME", "/proc")  # of the cache, which is the machine's own
+    with pytest.raises(BadNodesError, match=r": 0.0 GB free in /proc, below cluster.min_free_gb=0.001"):
+        check_nodes(replace(cfg, cluster=replace(cfg.cluster, min_free_gb=0.001)), SINGLE)
     assert check_nodes(config(), SINGLE) == []
 
 

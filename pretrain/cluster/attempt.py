@@ -84,26 +84,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder, number = JobFolder(Path(path)), int(os.environ.get(ATTEMPT, "0"))
     job_id = os.environ["SLURM_JOB_ID"]
     if what == "begin":
+        folder.note_start(job_id=job_id)  # the launcher may have ended before it could
         verdict = begin(folder, number, _nodes())
         if verdict is not None:
             say(verdict.why)
             print(verdict.status)
         return 0
-    cancelled = scheduler.is_cancelled(scheduler.job_facts(job_id), number)
-    verdict = end(folder, number, cancelled)
+    verdict = end(folder, number, _is_cancelled(job_id, number))
     print(_restart(folder, job_id, verdict) if verdict.action == "restart" else verdict.status, flush=True)
     return 0
 
 
+def _is_cancelled(job_id: str, number: int) -> bool:
+    """Whether somebody ends the job; no, where Slurm cannot be asked."""
+    try:
+        return scheduler.is_cancelled(scheduler.job_facts(job_id), number)
+    except InputError as error:
+        say(f"Slurm does not answer ({error})")
+        return False
+
+
 def _restart(folder: JobFolder, job_id: str, verdict: Verdict) -> int:
     """Hand the job back to Slurm; the status in case Slurm lets the script live."""
-    exclude = excluded(read_history(folder))
-    known = folder.read().exclude
     try:
-        scheduler.requeue(job_id, [*([known] if known else []), *exclude] if verdict.exclude else [])
+        scheduler.requeue(job_id)
     except InputError as error:
         say(f"cannot start again by itself ({error}); python launchers/jobs.py resume does")
+        return STOPPED
+    if verdict.exclude:
+        _exclude(folder, job_id)
     return STOPPED
+
+
+def _exclude(folder: JobFolder, job_id: str) -> None:
+    known = folder.read().exclude
+    nodes = [*([known] if known else []), *excluded(read_history(folder))]
+    try:
+        scheduler.exclude(job_id, nodes)
+    except InputError as error:
+        say(f"cannot leave out {', '.join(nodes)} ({error})")
 
 
 def _nodes() -> list[str]:

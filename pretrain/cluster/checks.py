@@ -1,5 +1,6 @@
 """What is looked at before anything is submitted or written."""
 
+import os
 import socket
 import tempfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from pretrain.errors import InputError
 from pretrain.processes import started
 from pretrain.run.checkpoint_folder import newest_step, require_complete
 
+OWN_LIMIT = ("--partition", "-p", "--time", "-t")  # options that say more than section cluster
+
 
 def check_run(cfg: Config) -> int:
     """Refuse what could not train on this many devices.
@@ -26,6 +29,7 @@ def check_run(cfg: Config) -> int:
     """
     _check_ranks(cfg)
     _check_shards(cfg)
+    _check_name(cfg)
     run_dir = Path(cfg.run.dir)
     done = newest_step(run_dir / "checkpoints")
     if done >= cfg.run.steps:
@@ -48,7 +52,10 @@ def check_with_slurm(cfg: Config, script: str) -> str:
     """
     scheduler.require_slurm()
     answer = scheduler.test_only(script)
-    name, limit = scheduler.partition_limit(cfg.cluster.partition)
+    if any(option.startswith(OWN_LIMIT) for option in cfg.cluster.sbatch_args):
+        return answer
+    partition = cfg.cluster.partition or os.environ.get("SBATCH_PARTITION", "")
+    name, limit = scheduler.partition_limit(partition)
     asked = scheduler.minutes(cfg.cluster.time) if cfg.cluster.time else 0.0
     if asked > limit:  # sbatch takes such a job, and never starts it
         raise InputError(
@@ -89,6 +96,15 @@ def _check_shards(cfg: Config) -> None:
             shard_names(patterns, key)
 
 
+def _check_name(cfg: Config) -> None:
+    """The run's folder can stand in a script, and as the source of a mount."""
+    name = cfg.run.dir
+    if name.startswith("~") or not name.isprintable():
+        raise InputError(f"run.dir: {name!r} must be a plain path; write out the home folder")
+    if cfg.cluster.container_image and {":", ","} & set(str(Path(name).absolute())):
+        raise InputError(f"run.dir: {name!r} is mounted in a container: it must hold no colon or comma")
+
+
 def _check_start(cfg: Config, done: int) -> None:
     """What the run starts from is there; a job that waits for another one may find it later."""
     if done or cfg.cluster.dependency:
@@ -113,7 +129,7 @@ def _check_idle(run_dir: Path) -> None:
     """No other job is at work on the run: the second one would wait for the first one's lock, in vain."""
     for folder in job_folders(run_dir):
         job = folder.read()
-        if job.job_id and is_alive(job):
+        if is_alive(job):
             raise InputError(
                 f"run.dir: job {job.job_id} is at work on {run_dir}; cancel it (launchers/jobs.py cancel), "
                 f"or let this one follow with --dependency afterany:{job.job_id}"
@@ -122,6 +138,8 @@ def _check_idle(run_dir: Path) -> None:
 
 def is_alive(job: Job) -> bool:
     """Whether a job waits or runs; of a process on another machine this cannot be told, so it does not."""
+    if not job.job_id:
+        return False
     if job.kind == "slurm":
         return scheduler.here() and scheduler.is_active(scheduler.job_facts(job.job_id))
     return job.host == socket.gethostname() and bool(job.started) and started(job.job_id) == job.started

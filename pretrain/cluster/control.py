@@ -8,14 +8,14 @@ from pathlib import Path
 from pretrain.cluster import scheduler
 from pretrain.cluster.checks import is_alive
 from pretrain.cluster.history import begun
-from pretrain.cluster.job_folder import Job, JobFolder, newest_job
+from pretrain.cluster.job_folder import Job, JobFolder, job_folders, newest_job
 from pretrain.errors import InputError
 from pretrain.processes import children
 from pretrain.records import read_records
 
 
 def cancel(run_dir: Path, now: bool = False) -> str:
-    """End the newest job of a run for good, after a save.
+    """End the jobs of a run for good, after a save: the one that runs, and those that wait behind it.
 
     Args:
         run_dir: of the run.
@@ -27,14 +27,16 @@ def cancel(run_dir: Path, now: bool = False) -> str:
     Raises:
         InputError: there is no job, or none that waits or runs.
     """
-    folder = newest_job(run_dir)
-    job = folder.read()
-    if not job.job_id or not is_alive(job):
-        raise InputError(f"{run_dir}: its job {job.job_id} is over; nothing to cancel")
-    folder.cancelled.touch()
-    if job.kind == "slurm":
-        return _cancel_slurm(folder, job, now)
-    return _cancel_here(folder, job, now)
+    newest = newest_job(run_dir).read()
+    alive = [(folder, job) for folder in job_folders(run_dir) if is_alive(job := folder.read())]
+    if not alive:
+        raise InputError(f"{run_dir}: its job {newest.job_id} is over; nothing to cancel")
+    lines = []
+    for folder, job in reversed(alive):  # those that wait first: none of them is to start meanwhile
+        folder.cancelled.touch()
+        end = _cancel_slurm if job.kind == "slurm" else _cancel_here
+        lines.append(end(folder, job, now))
+    return "\n".join(lines)
 
 
 def _cancel_slurm(folder: JobFolder, job: Job, now: bool) -> str:

@@ -30,7 +30,10 @@ def estimate(cfg: Config, steps_done: int) -> str:
 
 def duration(seconds: float) -> str:
     """Such as `2 days, 3:04:00`."""
-    return str(timedelta(seconds=round(seconds)))
+    try:
+        return str(timedelta(seconds=round(seconds)))
+    except OverflowError:
+        return "for ever"
 
 
 def _devices(cfg: Config) -> str:

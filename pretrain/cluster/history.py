@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 from pretrain.cluster.job_folder import Job, JobFolder
 from pretrain.command_line import STOPPED
 from pretrain.ranks import expand_hosts
-from pretrain.records import Record, read_records
+from pretrain.records import UNSAVED, Record, read_records
 from pretrain.run.checkpoint_folder import newest_step
 
 BEGIN = "begin.json"
@@ -63,20 +64,25 @@ def write_begin(folder: JobFolder, job: Job, number: int, nodes: list[str]) -> N
     begin = Begin(time.time(), newest_step(Path(job.run_dir) / "checkpoints"), nodes, size)
     place = folder.attempt(number)
     place.mkdir(parents=True, exist_ok=True)
-    (place / BEGIN).write_text(json.dumps(asdict(begin)))
+    temporary = place / f"{BEGIN}.tmp"
+    temporary.write_text(json.dumps(asdict(begin)))
+    temporary.replace(place / BEGIN)
 
 
 def read_history(folder: JobFolder) -> list[Attempt]:
-    """The attempts that have ended and been judged, oldest first."""
-    if not folder.history.exists():
-        return []
-    return [Attempt(**json.loads(line)) for line in folder.history.read_text().splitlines()]
+    """The attempts that have ended and been judged, oldest first; a line that a full disk cut is none."""
+    found = []
+    for line in folder.history.read_text().splitlines() if folder.history.exists() else []:
+        with suppress(ValueError, TypeError):
+            found.append(Attempt(**json.loads(line)))
+    return found
 
 
 def append(folder: JobFolder, attempt: Attempt) -> None:
     """Add an attempt to the history."""
+    cut = folder.history.exists() and not folder.history.read_bytes().endswith(b"\n")
     with folder.history.open("a") as file:
-        file.write(json.dumps(asdict(attempt)) + "\n")
+        file.write(("\n" if cut else "") + json.dumps(asdict(attempt)) + "\n")
 
 
 def begun(folder: JobFolder) -> list[int]:
@@ -98,7 +104,8 @@ def look_back(folder: JobFolder, job: Job, number: int, lost: bool = False) -> A
     blank = Attempt(number, begin.time, time.time(), begin.nodes, begin.step, step, "finished")
     records = read_records(folder.attempt(number))
     fates = _fates(folder, begin)
-    if lost and not any(record.status and record.is_cause for record in records.values()):
+    silent = any(rank not in records or records[rank].status is None for rank in range(job.world_size))
+    if lost and silent and not any(record.status and record.is_cause for record in records.values()):
         saved = any(_saved(record) for record in records.values())
         line = "it ended as a whole: its first machine failed, or the job was killed"
         ends = max((record.ended or 0 for record in records.values()), default=0) or time.time()
@@ -127,8 +134,8 @@ def _judged(blank: Attempt, job: Job, records: Mapping[int, Record], fates: Fate
 
 
 def _saved(record: Record) -> bool:
-    """Whether the process stopped after a save, and not by an exception before it trained."""
-    return record.status == STOPPED and not record.signature
+    """Whether the process stopped after a save."""
+    return record.status == STOPPED and record.signature != UNSAVED
 
 
 def _crashed(blank: Attempt, cause: Record) -> Attempt:

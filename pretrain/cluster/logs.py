@@ -1,5 +1,6 @@
 """Reading the logs of a job, also while they are written and across its restarts."""
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,23 +22,27 @@ def lines(path: Path, count: int) -> list[str]:
     """The last lines of a file."""
     if not path.exists():
         return []
-    return path.read_text(errors="replace").splitlines()[-count:]
+    return path.read_text(errors="replace").splitlines()[-count:] if count else []
 
 
-def follow(newest: Callable[[], Path | None], ended: Callable[[], bool], tail: int = 20) -> Iterator[str]:
+def follow(
+    newest: Callable[[], Path | None], ended: Callable[[], bool], tail: int = 20, ask_seconds: float = 5.0
+) -> Iterator[str]:
     """What is written to a growing file, and then to the one that takes its place.
 
     Args:
         newest: the file to read now; None while there is none.
         ended: whether nothing more will be written.
         tail: lines of the first file that are shown to begin with.
+        ask_seconds: between two questions whether it has ended: Slurm is to have its peace.
 
     Yields:
         Pieces of text.
     """
-    path, place, first = None, 0, True
+    path, place, first, asked, over = None, 0, True, -math.inf, False
     while True:
-        over = ended()  # asked before the last look
+        if time.monotonic() - asked >= ask_seconds:
+            over, asked = ended(), time.monotonic()  # before the last look
         current = newest()
         if current != path and current is not None:
             if path is not None:
@@ -65,7 +70,7 @@ def _from(path: Path, place: int) -> tuple[str, int]:
 def _start(path: Path, tail: int) -> int:
     """The byte at which the last lines begin."""
     content = path.read_bytes()
-    return len(content) - sum(map(len, content.splitlines(keepends=True)[-tail:]))
+    return len(content) - sum(map(len, content.splitlines(keepends=True)[-tail:])) if tail else len(content)
 
 
 def _match(path: Path) -> re.Match[str] | None:

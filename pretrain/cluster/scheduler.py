@@ -4,12 +4,14 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from pretrain.errors import InputError
 
 SECONDS = 60  # that a busy controller may take
+ATTEMPTS = 3  # at an order that must not be lost
 FIELD = re.compile(r"(?:^| )([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|$)")
 GONE = re.compile("Invalid job id", re.IGNORECASE)
 WAITS = re.compile("Job is pending execution", re.IGNORECASE)
@@ -85,18 +87,28 @@ def is_active(facts: dict[str, str]) -> bool:
     return facts.get("JobState", "") in ACTIVE
 
 
-def requeue(job_id: str, exclude: Sequence[str]) -> None:
-    """Let a running job start again, not on some machines.
+def requeue(job_id: str) -> None:
+    """Let a running job start again; a busy controller is asked several times.
 
-    Slurm changes the machines of waiting jobs only, so the order is this one.
+    Raises:
+        InputError: it cannot be.
     """
-    try:
-        call("scontrol", "requeue", job_id)
-    except InputError as error:
-        if not WAITS.search(str(error)):  # Slurm was faster
-            raise
-    if exclude:
-        call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(exclude)}")
+    for attempt in range(ATTEMPTS):
+        try:
+            call("scontrol", "requeue", job_id)
+        except InputError as error:
+            if WAITS.search(str(error)):  # Slurm was faster
+                return
+            if attempt == ATTEMPTS - 1 or not here():
+                raise
+            time.sleep(1 + attempt)
+        else:
+            return
+
+
+def exclude(job_id: str, nodes: Sequence[str]) -> None:
+    """Leave machines out of a job; it must wait, after a requeue: Slurm refuses it of a running one."""
+    call("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
 
 
 def test_only(script: str) -> str:
@@ -110,18 +122,27 @@ def test_only(script: str) -> str:
 
 
 def partition_limit(partition: str) -> tuple[str, float]:
-    """Name and longest time, in minutes, of a partition; "" stands for the cluster's default."""
-    names = ("-o", "show", "partition", *([partition] if partition else []))
-    lines = [parse(line) for line in call("scontrol", *names).splitlines()]
-    chosen = next((line for line in lines if partition or line.get("Default") == "YES"), {})
-    return chosen.get("PartitionName", partition), minutes(chosen.get("MaxTime", "UNLIMITED"))
+    """Name and longest time, in minutes, of a partition; "" stands for the cluster's default.
+
+    Of several, separated by commas, the one with the longest time counts: the job may start there.
+    """
+    wanted = [name for name in partition.split(",") if name]
+    lines = [parse(line) for line in call("scontrol", "-o", "show", "partition").splitlines()]
+    chosen = [
+        line
+        for line in lines
+        if line.get("PartitionName") in wanted or (not wanted and line["Default"] == "YES")
+    ]
+    limits = [(minutes(line.get("MaxTime", "UNLIMITED")), line["PartitionName"]) for line in chosen]
+    longest, name = max(limits, default=(float("inf"), partition))
+    return name, longest
 
 
-def minutes(time: str) -> float:
+def minutes(text: str) -> float:
     """A time as Slurm writes it: minutes[:seconds], hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
-    if time in ("UNLIMITED", "INFINITE", "NONE", "Partition_Limit"):
+    if text in ("UNLIMITED", "INFINITE", "NONE", "Partition_Limit"):
         return float("inf")
-    days, _, clock = time.rpartition("-")
+    days, _, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if days:
         hours, mins, seconds = (*parts, 0, 0)[:3]

@@ -19,7 +19,7 @@ attempt() {{ {python} -m pretrain.cluster.attempt "$@"; }}
 trap : TERM USR2
 
 # A run that is finished or cancelled, or has used up its restarts, ends here.
-status=$(attempt begin {folder})
+status=$(attempt begin {folder}) || status=1
 [ -z "$status" ] || exit "$status"
 
 {srun} \\
@@ -92,8 +92,8 @@ def _srun(cfg: Config, folder: JobFolder, code: Path) -> Iterator[str]:
 
 def _container(cluster: ClusterConfig, folders: list[Path]) -> Iterator[str]:
     if cluster.container_image:
-        own = folders[0].resolve()  # the others lie in it
-        mounts = [f"{own}:{own}", *cluster.container_mounts]
+        own = folders[0]  # the others lie in it
+        mounts = [f"{own.resolve()}:{own}", *cluster.container_mounts]
         yield _option("container-image", cluster.container_image)
         yield _option("container-mounts", ",".join(mounts))
         yield _option("container-workdir", str(folders[-1]))

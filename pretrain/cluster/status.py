@@ -10,7 +10,7 @@ from typing import Any
 from pretrain.cluster import scheduler
 from pretrain.cluster.checks import is_alive
 from pretrain.cluster.history import Attempt, begun, look_back, read_history
-from pretrain.cluster.job_folder import Job, JobFolder, newest_job
+from pretrain.cluster.job_folder import Job, JobFolder, job_folders, newest_job
 from pretrain.ranks import expand_hosts
 from pretrain.records import read_records
 from pretrain.run.checkpoint_folder import newest_step
@@ -41,9 +41,9 @@ def status(run_dir: Path) -> Status:
     Raises:
         InputError: no job was started in the folder.
     """
-    folder = newest_job(run_dir)
+    folder = _current_job(run_dir)
     job, history = folder.read(), read_history(folder)
-    alive = bool(job.job_id) and is_alive(job)
+    alive = is_alive(job)
     facts = scheduler.job_facts(job.job_id) if alive and job.kind == "slurm" else {}
     attempts = begun(folder)
     if not alive:
@@ -56,7 +56,7 @@ def status(run_dir: Path) -> Status:
     return Status(
         run=str(run_dir),
         job_id=job.job_id,
-        state=_state(job, alive, facts, history),
+        state=_state(folder, job, alive, facts, history),
         restarts=max(attempts, default=0),
         step=step,
         steps=job.steps,
@@ -72,14 +72,24 @@ QUIET = ("finished", "stopped", "cancelled")
 WORDS = {"finished": "finished", "stopped": "stopped", "cancelled": "cancelled", "lost": "lost"}
 
 
-def _state(job: Job, alive: bool, facts: dict[str, str], history: Sequence[Attempt]) -> str:
+def _current_job(run_dir: Path) -> JobFolder:
+    """The oldest job that waits or runs, which others follow; else the last one."""
+    newest = newest_job(run_dir)
+    return next((folder for folder in job_folders(run_dir) if is_alive(folder.read())), newest)
+
+
+def _state(
+    folder: JobFolder, job: Job, alive: bool, facts: dict[str, str], history: Sequence[Attempt]
+) -> str:
     """In one word, with Slurm's reason where it lets the job wait."""
     if newest_step(Path(job.run_dir) / "checkpoints") >= job.steps and not alive:
         return "finished"
     if alive:
         return _alive_state(facts)
+    if folder.cancelled.exists():
+        return "cancelled"
     if not history:
-        return "cancelled" if JobFolder(newest_job(Path(job.run_dir)).path).cancelled.exists() else "lost"
+        return "lost"
     return WORDS.get(history[-1].outcome, "failed")
 
 

@@ -104,9 +104,11 @@ def submit(cfg: Config, work: Work, code: Path | None = None) -> Submitted:
     try:
         with scheduler.outside_of_a_job(), redirect_stderr(io.StringIO()):  # the error says it as well
             job = _Executor(folder, cfg, code).submit(work(str(folder.path)))
-    except FailedJobError as error:
-        shutil.rmtree(folder.path)
-        raise InputError(f"sbatch: {' '.join(str(error).split())}") from error
+    except BaseException as error:
+        shutil.rmtree(folder.path)  # no job knows it
+        if isinstance(error, FailedJobError):
+            raise InputError(f"sbatch: {' '.join(str(error).split())}") from error
+        raise
     folder.note_start(job_id=job.job_id)
     return Submitted(folder, job.job_id)
 

@@ -49,9 +49,10 @@ class Supervisor:
         if verdict is not None:
             say(verdict.why)
             return verdict.status
-        self._start_and_wait()
-        if self.received == INTERRUPTED:
-            return INTERRUPTED
+        if self.received is None:
+            self._start_and_wait()
+        if self._agent is None or self.received == INTERRUPTED:
+            return STOPPED if self._agent is None else INTERRUPTED
         verdict = end(self.folder, self._attempt)
         if verdict.action == "end":
             return verdict.status
@@ -74,6 +75,8 @@ class Supervisor:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for this process, which hands it on
             )
+            if self.received is not None:  # while it started
+                self._agent.terminate()
             reader.start()
             self._agent.wait()
         over.set()
@@ -89,7 +92,7 @@ class Supervisor:
 
     def _show(self, over: threading.Event) -> None:
         log = self.folder.rank_log(self._attempt, 0)
-        for text in follow(lambda: log if log.exists() else None, over.is_set):
+        for text in follow(lambda: log if log.exists() else None, over.is_set, ask_seconds=0.0):
             with suppress(BrokenPipeError):
                 sys.stdout.write(text)
                 sys.stdout.flush()

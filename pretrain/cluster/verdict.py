@@ -48,6 +48,10 @@ def excluded(history: Sequence[Attempt]) -> list[str]:
 
 def _without_bad_nodes(history: Sequence[Attempt], limits: Limits) -> Verdict:
     nodes, last = excluded(history), history[-1]
+    again = {*excluded(history[:-1])} & {*last.bad_nodes}
+    if again:
+        why = f"{', '.join(sorted(again))} failed the check again, although it was to be left out"
+        return Verdict("end", last.status, why)
     if len(nodes) > limits.max_bad_nodes:
         why = f"{', '.join(nodes)} failed the check, more than cluster.max_bad_nodes={limits.max_bad_nodes}"
         return Verdict("end", last.status, why)

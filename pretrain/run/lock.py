@@ -96,8 +96,9 @@ class RunLock:
         first, deadline = last_change(self.path), time.monotonic() + self.stale_seconds
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.stale_seconds / 10))
-            if last_change(self.path) != first:
-                return True
+            now = last_change(self.path)
+            if now != first:
+                return now >= 0  # else its owner has just given it back
         return False
 
     def _beat(self) -> None:

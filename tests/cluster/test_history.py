@@ -42,9 +42,7 @@ def test_a_killed_rank_is_the_one_that_srun_names_first(folder: JobFolder) -> No
     )
     record(folder, 0, None)
     record(folder, 1, 3, is_cause=False, line="another rank ended")
-    record(
-        folder, 2, 75, signature="SystemExit at job.py:1"
-    )  # told to end while it failed: nothing was saved
+    record(folder, 2, 75, signature="no save")  # told to end while it failed: nothing was saved
     record(folder, 3, None)
     found = outcome(folder)
     assert (found.outcome, found.rank, found.node, found.signature) == ("killed", 3, "gpu2", "killed")
@@ -105,3 +103,14 @@ def test_a_cancelled_attempt_is_not_continued(folder: JobFolder) -> None:
         record(folder, rank, 75)
     assert end(folder, 0, cancelled=True).action == "end"
     assert read_history(folder)[0].outcome == "cancelled"
+
+
+def test_what_a_full_disk_has_cut_is_left_out(folder: JobFolder) -> None:
+    record(folder, 0, 1, signature="a")
+    (folder.attempt(0) / "rank_00001.json").write_text('{"rank": 1, "no')
+    end(folder, 0)
+    folder.history.write_text(folder.history.read_text() + '{"number": 1, "be')
+    assert [attempt.number for attempt in read_history(folder)] == [0]
+    assert begin(folder, 2, []) is None
+    end(folder, 2)
+    assert [attempt.number for attempt in read_history(folder)] == [0, 2]

@@ -69,3 +69,8 @@ def test_restarts_are_bounded_whatever_the_reason() -> None:
     verdict = judge([attempt(10, "stopped", step=9, status=75)], LIMITS)
     assert (verdict.action, verdict.why) == ("end", "no restart is left of cluster.max_restarts=10")
     assert judge([attempt(9, "stopped", step=9, status=75)], LIMITS).action == "restart"
+
+
+def test_a_bad_machine_that_comes_back_ends_the_job() -> None:
+    history = [attempt(n, "bad node", status=3, bad_nodes=["gpu2"]) for n in range(2)]
+    assert judge(history, LIMITS).why == "gpu2 failed the check again, although it was to be left out"
