@@ -1,7 +1,7 @@
 """Train on this machine, on all its GPUs or on several CPU processes.
 
-    python launchers/local.py configs/vitl_rmlp.yaml --gpus 8 engine.kind=ddp
-    python launchers/local.py configs/demo.yaml --procs 2 engine.kind=ddp data.group_size=64
+    python launchers/local.py configs/vitl_rmlp.yaml --gpus 8
+    python launchers/local.py configs/demo.yaml --procs 2 data.group_size=64
 
 The run folder, the copy of the code, the logs, and the restarts after a failure are those of a Slurm job;
 what rank 0 prints is shown. Ctrl-C saves and ends; the same command continues.
@@ -16,7 +16,7 @@ from typing import Any
 
 from pretrain.cluster import submit
 from pretrain.cluster.checks import check_run
-from pretrain.cluster.layout import tasks_per_node, user_file
+from pretrain.cluster.layout import fitted, tasks_per_node, user_file
 from pretrain.cluster.supervise import Supervisor
 from pretrain.command_line import Parser, exit_status
 from pretrain.config.checks import warnings
@@ -27,8 +27,9 @@ from pretrain.config.schema import Config
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; the exit status."""
     options = _parse(arguments)
-    cfg = _config(options)
+    cfg, changes = fitted(_config(options))
     check_run(cfg)
+    print(*changes, sep="\n", end="\n" if changes else "")
     for line in warnings(cfg):
         print(f"local.py: warning: {line}", file=sys.stderr)
     folder, cfg, code = submit.prepare(cfg, "torchrun")
@@ -50,9 +51,9 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _default(cfg: Config) -> int:
-    """All GPUs that the driver shows, where the engine can use several."""
+    """All GPUs that the driver shows, or one process."""
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return 1 if cfg.engine.kind == "single" or cfg.engine.device == "cpu" else max(gpus, 1)
+    return 1 if cfg.engine.device == "cpu" else max(gpus, 1)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Send a run to a Slurm cluster.
 
-    python launchers/slurm.py --nodes 8 configs/vitl_rmlp.yaml optim.lr=1e-3
+    python launchers/slurm.py --nodes 4 configs/vitl_rmlp.yaml optim.lr=1e-3
 
 Everything that can be known before is checked before: the config, the batch on so many devices, the shards,
 the folder, and what sbatch says. The job saves and goes on after the time limit, preemption and failures; see
@@ -16,7 +16,7 @@ from typing import Any
 from pretrain.cluster import submit
 from pretrain.cluster.checks import check_run, check_with_slurm
 from pretrain.cluster.cost import estimate
-from pretrain.cluster.layout import user_file
+from pretrain.cluster.layout import fitted, user_file
 from pretrain.command_line import STOPPED, Parser, exit_status
 from pretrain.config.checks import warnings
 from pretrain.config.load import load_config
@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, show or send the run; the exit status."""
     options = _parse(arguments)
-    cfg = _config(options)
+    cfg, changes = fitted(_config(options))
     done = check_run(cfg)
     script = submit.draft(cfg)
     starts = check_with_slurm(cfg, script) if options.cluster == "slurm" else ""
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"slurm.py: warning: {line}", file=sys.stderr)
     if options.dry_run:
         print(script, end="")
-    print(*(f"# {line}" for line in filter(None, [estimate(cfg, done), starts])), sep="\n")
+    print(*(f"# {line}" for line in filter(None, [*changes, estimate(cfg, done), starts])), sep="\n")
     return 0 if options.dry_run else _send(cfg, options.cluster)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrain.cluster import scheduler
 from pretrain.cluster.job_folder import Job, job_folders
-from pretrain.cluster.layout import tasks_per_node, world_size
+from pretrain.cluster.layout import world_size
 from pretrain.config.derived import micro_batch_size
 from pretrain.config.schema import Config
 from pretrain.data.shards import shard_names
@@ -27,7 +27,7 @@ def check_run(cfg: Config) -> int:
     Raises:
         InputError: one line that names the setting and the fix.
     """
-    _check_ranks(cfg)
+    micro_batch_size(cfg, world_size(cfg.cluster))
     _check_shards(cfg)
     _check_name(cfg)
     run_dir = Path(cfg.run.dir)
@@ -68,17 +68,6 @@ def check_with_slurm(cfg: Config, script: str) -> str:
             "before the start; lower it"
         )
     return answer
-
-
-def _check_ranks(cfg: Config) -> None:
-    size = world_size(cfg.cluster)
-    if cfg.engine.kind == "single" and size > 1:
-        per_node = tasks_per_node(cfg.cluster)
-        raise InputError(
-            f"engine.kind=single trains in one process, not in {cfg.cluster.nodes} x {per_node}; use "
-            "engine.kind=ddp (or fsdp2, deepspeed), or ask for one"
-        )
-    micro_batch_size(cfg, size)
 
 
 def _check_shards(cfg: Config) -> None:

@@ -9,6 +9,7 @@ from braceexpand import braceexpand
 
 from pretrain.config.schema import ClusterConfig, Config
 from pretrain.data.remote import is_remote, local_path
+from pretrain.errors import InputError
 
 
 def user_file() -> Path:
@@ -30,6 +31,41 @@ def world_size(cluster: ClusterConfig) -> int:
 def cpus_per_task(cfg: Config) -> int:
     """Cores of a process: its loader's workers, itself, and one for what the system does."""
     return cfg.cluster.cpus_per_task or cfg.data.workers + 2
+
+
+def fitted(cfg: Config) -> tuple[Config, list[str]]:
+    """The config for as many devices as section cluster asks for, and what had to change.
+
+    Configs are written for one device. On several, `engine.kind=single` becomes ddp, and fewer forwards make
+    up a step: no device gets more images at once than the one was to get. Both change nothing but rounding.
+
+    Raises:
+        InputError: the global batch cannot be spread over so many devices.
+    """
+    devices, engine = world_size(cfg.cluster), cfg.engine
+    if devices == 1:
+        return cfg, []
+    kind = "ddp" if engine.kind == "single" else engine.kind
+    new = replace(engine, kind=kind, accumulation_steps=_accumulation(cfg, devices))
+    changed = [name for name in ("kind", "accumulation_steps") if getattr(new, name) != getattr(engine, name)]
+    lines = [f"engine.{name}: {getattr(engine, name)} -> {getattr(new, name)}" for name in changed]
+    return replace(cfg, engine=new), [f"{line}, for {devices} devices" for line in lines]
+
+
+def _accumulation(cfg: Config, devices: int) -> int:
+    """Forwards per step: as given where that fits, else the fewest with no more images at once."""
+    batch, group, given = cfg.optim.global_batch_size, cfg.data.group_size, cfg.engine.accumulation_steps
+    groups, rest = divmod(batch, devices * group)  # of a device in a step
+    if rest == 0 and groups % given == 0:
+        return given
+    if rest or not groups:
+        most = batch // group
+        raise InputError(
+            f"optim.global_batch_size={batch} in groups of data.group_size={group} cannot be spread over "
+            f"{devices} devices: {most} groups are for a divisor of {most}; change one of the three"
+        )
+    at_once = batch // given // group  # groups in a forward of one device
+    return next(steps for steps in range(1, groups + 1) if groups % steps == 0 and groups // steps <= at_once)
 
 
 def job_name(cfg: Config) -> str:

@@ -11,6 +11,7 @@ from pretrain.cluster import scheduler
 from pretrain.cluster.checks import is_alive
 from pretrain.cluster.history import Attempt, begun, look_back, read_history
 from pretrain.cluster.job_folder import Job, JobFolder, job_folders, newest_job
+from pretrain.errors import InputError
 from pretrain.ranks import expand_hosts
 from pretrain.records import read_records
 from pretrain.run.checkpoint_folder import newest_step
@@ -24,7 +25,7 @@ class Status:
 
     run: str
     job_id: str
-    state: str  # waiting, running, ending, finished, failed, stopped, cancelled, lost
+    state: str  # waiting, running, ending, finished, failed, stopped, cancelled, lost, unknown
     restarts: int
     step: int  # of the newest metrics, or checkpoint
     steps: int
@@ -43,10 +44,10 @@ def status(run_dir: Path) -> Status:
     """
     folder = _current_job(run_dir)
     job, history = folder.read(), read_history(folder)
-    alive = is_alive(job)
+    alive = _alive(job)
     facts = scheduler.job_facts(job.job_id) if alive and job.kind == "slurm" else {}
     attempts = begun(folder)
-    if not alive:
+    if alive is False:
         history += _unjudged(folder, job, history, attempts)
     metrics = _metrics(Path(job.run_dir))
     step = max(metrics.get("step", 0), newest_step(Path(job.run_dir) / "checkpoints"))
@@ -72,14 +73,22 @@ QUIET = ("finished", "stopped", "cancelled")
 WORDS = {"finished": "finished", "stopped": "stopped", "cancelled": "cancelled", "lost": "lost"}
 
 
+def _alive(job: Job) -> bool | None:
+    """Whether a job waits or runs; None where Slurm does not answer."""
+    try:
+        return is_alive(job)
+    except InputError:
+        return None
+
+
 def _current_job(run_dir: Path) -> JobFolder:
     """The oldest job that waits or runs, which others follow; else the last one."""
     newest = newest_job(run_dir)
-    return next((folder for folder in job_folders(run_dir) if is_alive(folder.read())), newest)
+    return next((folder for folder in job_folders(run_dir) if _alive(folder.read())), newest)
 
 
 def _state(
-    folder: JobFolder, job: Job, alive: bool, facts: dict[str, str], history: Sequence[Attempt]
+    folder: JobFolder, job: Job, alive: bool | None, facts: dict[str, str], history: Sequence[Attempt]
 ) -> str:
     """In one word, with Slurm's reason where it lets the job wait."""
     if newest_step(Path(job.run_dir) / "checkpoints") >= job.steps and not alive:
@@ -88,6 +97,8 @@ def _state(
         return _alive_state(facts)
     if folder.cancelled.exists():
         return "cancelled"
+    if alive is None and not (history and history[-1].decision.startswith("end")):
+        return "unknown (Slurm does not answer)"
     if not history:
         return "lost"
     return WORDS.get(history[-1].outcome, "failed")

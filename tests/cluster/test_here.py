@@ -115,8 +115,14 @@ def test_wrong_input_is_one_line(shards: Path, tmp_path: Path) -> None:
     shell, config = Shell(None, tmp_path), write_config(tmp_path, shards)
     for arguments, line in (
         (["--procs", "0"], "command line: argument --procs: '0' is not a number of processes"),
-        (["--procs", "3"], "optim.global_batch_size=128 over 3 device(s)"),
-        (["--procs", "2", "engine.kind=single"], "engine.kind=single trains in one process"),
+        (
+            ["--procs", "3"],
+            "optim.global_batch_size=128 in groups of data.group_size=32 cannot be spread over 3",
+        ),
+        (
+            ["--procs", "8"],
+            "optim.global_batch_size=128 in groups of data.group_size=32 cannot be spread over 8",
+        ),
     ):
         printed = shell.run("local.py", config, *arguments, status=2)
         assert printed.startswith(f"local.py: {line}") and printed.count("\n") == 1

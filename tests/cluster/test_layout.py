@@ -5,12 +5,14 @@ import pytest
 
 from pretrain.cluster.cost import estimate
 from pretrain.cluster.job_folder import JobFolder, job_folders, new_job_folder
-from pretrain.cluster.layout import with_absolute_paths
+from pretrain.cluster.layout import fitted, with_absolute_paths
 from pretrain.cluster.scheduler import is_cancelled, minutes, parse
 from pretrain.cluster.snapshot import take_snapshot
+from pretrain.config.derived import micro_batch_size
 from pretrain.config.load import load_config
 from pretrain.config.schema import SourceConfig
 from pretrain.data.shards import shard_names
+from pretrain.errors import InputError
 from tests.cluster.jobs import new_job
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +33,31 @@ def test_paths_mean_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest
     assert moved.model.init_from == str(tmp_path / "x.safetensors")
     assert moved.run.dir == str(tmp_path / "runs/demo")
     assert (moved.checkpoint.resume_from, moved.data.cache.dir) == ("", cfg.data.cache.dir)
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "forwards", "per_forward"),
+    [("vitl_rmlp", 1, 4, 64), ("vitl_rmlp", 4, 1, 64), ("vitg_mlp", 8, 4, 12), ("vits_mlp", 1, 1, 64)],
+)
+def test_a_config_for_one_device_fits_several(
+    config: str, nodes: int, forwards: int, per_forward: int
+) -> None:
+    cfg = load_config(ROOT / f"configs/{config}.yaml", options={"cluster": {"nodes": nodes}})
+    new, lines = fitted(cfg)
+    assert (new.engine.kind, new.engine.accumulation_steps) == ("ddp", forwards)
+    assert micro_batch_size(new, nodes * 8) == per_forward
+    assert f"engine.kind: single -> ddp, for {nodes * 8} devices" in lines
+    one = load_config(ROOT / f"configs/{config}.yaml", options={"cluster": {"gpus_per_node": 1}})
+    assert fitted(one) == (one, [])
+
+
+def test_what_fits_stays_and_what_cannot_fit_is_refused() -> None:
+    cfg = load_config(ROOT / "configs/vitl_mlp.yaml", ["engine.kind=fsdp2", "engine.accumulation_steps=2"])
+    assert fitted(cfg) == (cfg, [])
+    with pytest.raises(
+        InputError, match="cannot be spread over 64 devices: 32 groups are for a divisor of 32"
+    ):
+        fitted(replace(cfg, cluster=replace(cfg.cluster, nodes=8)))
 
 
 def test_the_estimate() -> None:

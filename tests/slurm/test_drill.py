@@ -22,7 +22,7 @@ from tests.slurm.runs import (
     write_fault,
     write_pause,
 )
-from tests.slurm.virtual_cluster import VirtualCluster
+from tests.slurm.virtual_cluster import VirtualCluster, temporary_cluster
 
 pytestmark = [pytest.mark.drill, pytest.mark.dist]
 
@@ -63,6 +63,8 @@ def _nodes(cluster: VirtualCluster, job: str) -> list[str]:
     return expand_hosts(cluster.job(job)["NodeList"])
 
 
+PREEMPTED = "preemption, SIGTERM only, 20 s of grace"
+SIGNALLED = "preemption with `preempt_send_user_signal`"
 # seconds that are added to a step: Slurm waits for the time limit, or for an answer of a machine
 LONG = {
     "time limit": 1.0,
@@ -71,7 +73,7 @@ LONG = {
 ACCIDENTS: dict[str, tuple[Accident, list[str], str]] = {
     "`scancel --signal=USR2`": (usr2, [], "stopped"),
     "time limit": (nothing, ["--partition=short", "--time=1", "cluster.signal_seconds=45"], "stopped"),
-    "preemption, SIGTERM only, 20 s of grace": (preempt, ["--partition=low"], "stopped"),
+    PREEMPTED: (preempt, ["--partition=low"], "stopped"),
     "SIGKILL of rank 3": (kill_rank, [], "killed"),
     "exception on rank 1 at step 7": (nothing, [], "crashed"),
     "`kill -9` of the second machine's slurmd": (kill_slurmd, [], "stopped"),
@@ -94,7 +96,21 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[str]]:
 def test_every_accident_ends_in_the_same_weights(
     name: str, cluster: VirtualCluster, reference: Path, shards: Path, tmp_path: Path, rows: list[str]
 ) -> None:
-    happens, options, outcome = ACCIDENTS[name]
+    _survive(name, cluster, reference, shards, tmp_path, rows)
+
+
+def test_preemption_with_the_signal_of_the_job(
+    slurm: None, reference: Path, shards: Path, tmp_path: Path, rows: list[str]
+) -> None:
+    """On a cluster that sets preempt_send_user_signal."""
+    with temporary_cluster(send_user_signal=True) as cluster:
+        _survive(SIGNALLED, cluster, reference, shards, tmp_path, rows)
+
+
+def _survive(
+    name: str, cluster: VirtualCluster, reference: Path, shards: Path, tmp_path: Path, rows: list[str]
+) -> None:
+    happens, options, outcome = {**ACCIDENTS, SIGNALLED: ACCIDENTS[PREEMPTED]}[name]
     setup = []
     if happens is nothing and outcome == "crashed":
         setup = [write_fault(tmp_path / "event", 0)]

@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 REFUSED = {
     "config": (["optim.lr=-1"], "command line: optim.lr: must be above 0, got -1.0"),
     "nodes": (["--nodes", "8", "optim.global_batch_size=512"], "sbatch: allocation failure: "),
-    "batch": (["--nodes", "3"], "optim.global_batch_size=128 over 6 device(s)"),
+    "batch": (
+        ["--nodes", "3"],
+        "optim.global_batch_size=128 in groups of data.group_size=32 cannot be spread over 6",
+    ),
     "shard": (["data.shards=/nowhere/train-0.tar"], "data.shards: no shard /nowhere/train-0.tar"),
     "folder": (["--run-dir", "/proc/run"], "run.dir: /proc/run: cannot write in /proc"),
     "time": (
