@@ -89,9 +89,8 @@ def _table(found: Sequence[Status]) -> Table:
         left = duration(one.seconds_left) if one.seconds_left and one.state == "running" else ""
         step, nodes = f"{one.step:,} of {one.steps:,}", ",".join(one.nodes)
         short = one.last_error[:40]
-        table.add_row(
-            one.run, one.job_id, one.state, str(one.restarts), step, speed, loss, left, nodes, short
-        )
+        job = ", then ".join([one.job_id, *one.followers])
+        table.add_row(one.run, job, one.state, str(one.restarts), step, speed, loss, left, nodes, short)
     return table
 
 

@@ -33,6 +33,7 @@ class Status:
     loss: float | None
     seconds_left: float | None  # at that speed
     nodes: list[str]
+    followers: list[str]  # jobs that wait for this one
     last_error: str  # of the last attempt that failed, and who failed
 
 
@@ -42,7 +43,7 @@ def status(run_dir: Path) -> Status:
     Raises:
         InputError: no job was started in the folder.
     """
-    folder = _current_job(run_dir)
+    folder, *followers = _current_jobs(run_dir)
     job, history = folder.read(), read_history(folder)
     alive = _alive(job)
     facts = scheduler.job_facts(job.job_id) if alive and job.kind == "slurm" else {}
@@ -65,6 +66,7 @@ def status(run_dir: Path) -> Status:
         loss=metrics.get("loss/total"),
         seconds_left=left,
         nodes=_nodes(facts, history, folder, attempts),
+        followers=[follower.read().job_id for follower in followers],
         last_error=_error(failures[-1]) if failures else "",
     )
 
@@ -81,10 +83,10 @@ def _alive(job: Job) -> bool | None:
         return None
 
 
-def _current_job(run_dir: Path) -> JobFolder:
-    """The oldest job that waits or runs, which others follow; else the last one."""
+def _current_jobs(run_dir: Path) -> list[JobFolder]:
+    """The jobs that wait or run, of which the first is followed by the others; else the last one."""
     newest = newest_job(run_dir)
-    return next((folder for folder in job_folders(run_dir) if _alive(folder.read())), newest)
+    return [folder for folder in job_folders(run_dir) if _alive(folder.read())] or [newest]
 
 
 def _state(

@@ -70,7 +70,9 @@ def test_a_chain_of_two_jobs(cluster: VirtualCluster, shards: Path, tmp_path: Pa
     refused = shell.run("slurm.py", config, status=2)
     assert f"job {first} is at work on {run}; cancel it" in refused
     second = shell.launch(config, "run.steps=12", f"--dependency=afterok:{first}")
-    assert "Dependency" in shell.run("jobs.py", "status", run)
+    (status,) = json.loads(shell.run("jobs.py", "status", "--json", run))
+    assert (status["job_id"], status["followers"]) == (first, [second])
+    assert f"{first}, then {second}" in shell.run("jobs.py", "status", run)
     cluster.wait_for(second, "COMPLETED", 120)
     assert cluster.job_state(first) == "COMPLETED"
     attempt = attempts_of(run)[-1]
