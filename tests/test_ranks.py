@@ -46,6 +46,8 @@ def test_ports_of_neighbouring_jobs_and_steps_differ():
     jobs = [{**SLURM, "SLURM_JOB_ID": str(job)} for job in range(4000, 4100)]
     ports = {detect({**job, "SLURM_STEP_ID": str(step)}).master_port for job in jobs for step in range(7)}
     assert len(ports) == 700 and min(ports) >= 10_000 and max(ports) < 32_768
+    restarted = {detect({**SLURM, "SLURM_RESTART_COUNT": str(n)}).master_port for n in range(20)}
+    assert len(restarted) == 20  # the port of an attempt may have been taken
 
 
 @pytest.mark.parametrize(
