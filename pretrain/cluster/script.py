@@ -65,9 +65,16 @@ def _options(cfg: Config, folder: JobFolder, code: Path) -> Iterator[str]:
         yield f"--gpus-per-node={cluster.gpus_per_node}"
     if cluster.mem_gb is not None:
         yield f"--mem={cluster.mem_gb}G"
-    for name in ("partition", "account", "qos", "time", "constraint", "exclude", "dependency"):
-        if value := getattr(cluster, name):
-            yield _option(name, value)
+    wishes = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "time": cluster.time,
+        "constraint": cluster.constraint,
+        "exclude": cluster.exclude,
+        "dependency": cluster.dependency,
+    }
+    yield from (_option(name, value) for name, value in wishes.items() if value)
     if cluster.dependency:
         yield "--kill-on-invalid-dep=yes"
     if cluster.mail:
