@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _each(run_dirs: Sequence[Path], command: Callable[[Path], int]) -> list[int]:
     """The exit status for each run; one that is refused keeps no other from its turn."""
-    return [exit_status("jobs.py", lambda: command(run_dir)) for run_dir in run_dirs]  # noqa: B023
+    return [exit_status("jobs.py", partial(command, run_dir)) for run_dir in run_dirs]
 
 
 def _cancel(run_dir: Path, now: bool) -> int:
@@ -156,9 +157,8 @@ def _check_code(code: str, new_code: bool) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about, _, more = (__doc__ or "").partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=about, epilog=more, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="status|logs|cancel|resume")
     state = commands.add_parser("status", help="one line a run")
     state.add_argument("run_dir", nargs="*", type=Path, metavar="RUN_DIR")

@@ -83,9 +83,8 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    about, _, more = (__doc__ or "").partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=about, epilog=more, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="a YAML file; its section cluster holds defaults")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     for name, told in OPTIONS.items():

@@ -26,8 +26,6 @@ from pretrain.ranks import FIRST_PORT, PORTS, STEPS_PER_JOB, Ranks, detect
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
-Kept = list[object]  # what has to live as long as the process
-
 
 @dataclass(frozen=True)
 class Task:
@@ -69,10 +67,10 @@ def _train(cfg: Config, ranks: Ranks) -> int:
     """The check of the machines, then the training."""
     from pretrain import preflight, train  # torch takes seconds to import
 
-    kept: Kept = []
-    if cfg.cluster.preflight_timeout:
-        kept += preflight.check_nodes(cfg, ranks)
-    return train.main(cfg)
+    kept = preflight.check_nodes(cfg, ranks) if cfg.cluster.preflight_timeout else []
+    status = train.main(cfg)
+    kept.clear()  # not before: others may still read there
+    return status
 
 
 def _recorded(command: Callable[[], int]) -> int:
@@ -80,10 +78,8 @@ def _recorded(command: Callable[[], int]) -> int:
     try:
         status = command()
     except BaseException as error:
-        code = error.code if isinstance(error, SystemExit) else None
-        follows = isinstance(error, LostPeerError) or (code is not None and code != STOPPED)
-        bad_nodes = getattr(error, "nodes", [])
-        records.end_with(error, is_cause=not follows, bad_nodes=bad_nodes)
+        follows = isinstance(error, LostPeerError | SystemExit)  # of what another rank has met
+        records.end_with(error, is_cause=not follows, bad_nodes=getattr(error, "nodes", []))
         raise
     records.end(status)
     return status

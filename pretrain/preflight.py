@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def check_nodes(cfg: Config, ranks: Ranks) -> list[Store]:
         ("machine", ranks.local_world_size, ranks.local_rank, _node_index(ranks)),
         ("network", ranks.world_size, ranks.rank, 0),
     ):
-        meeting.check(name, lambda: _add_up(meeting, f"{name}{group}", rank, size, device))  # noqa: B023
+        meeting.check(name, partial(_add_up, meeting, f"{name}{group}", rank, size, device))
     return [meeting.store]
 
 

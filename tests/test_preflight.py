@@ -62,11 +62,13 @@ def _check(rank: int, port: int, seconds: float, pipe: Connection) -> None:
 
     os.environ |= {"SLURM_JOB_NODELIST": "gpu[1-3]", "SLURMD_NODENAME": f"gpu{rank + 1}"}
     try:
-        check_nodes(config(seconds), Ranks(rank, 3, 0, 1, "127.0.0.1", port, "slurm"))
+        kept = check_nodes(config(seconds), Ranks(rank, 3, 0, 1, "127.0.0.1", port, "slurm"))
     except Exception as error:
         pipe.send((type(error).__name__, str(error), getattr(error, "nodes", [])))
     else:
         pipe.send(("", "", []))
+        pipe.recv()  # a rank goes on to train: rank 0's store is there until all have read it
+        kept.clear()
 
 
 def check(ranks: list[int], seconds: float) -> list[tuple[str, str, list[str]]]:
@@ -80,6 +82,8 @@ def check(ranks: list[int], seconds: float) -> list[tuple[str, str, list[str]]]:
     for process in processes:
         process.start()
     said = [pipe[0].recv() for pipe in pipes]
+    for pipe in pipes:
+        pipe[0].send("end")
     for process in processes:
         process.join()
     return said

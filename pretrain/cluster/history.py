@@ -14,6 +14,7 @@ from pretrain.command_line import STOPPED
 from pretrain.ranks import expand_hosts
 from pretrain.records import UNSAVED, Record, read_records
 from pretrain.run.checkpoint_folder import newest_step
+from pretrain.run.durable import write_text
 
 BEGIN = "begin.json"
 Outcome = Literal["finished", "stopped", "crashed", "killed", "lost", "bad node", "cancelled"]
@@ -64,9 +65,7 @@ def write_begin(folder: JobFolder, job: Job, number: int, nodes: list[str]) -> N
     begin = Begin(time.time(), newest_step(Path(job.run_dir) / "checkpoints"), nodes, size)
     place = folder.attempt(number)
     place.mkdir(parents=True, exist_ok=True)
-    temporary = place / f"{BEGIN}.tmp"
-    temporary.write_text(json.dumps(asdict(begin)))
-    temporary.replace(place / BEGIN)
+    write_text(place / BEGIN, json.dumps(asdict(begin)))
 
 
 def read_history(folder: JobFolder) -> list[Attempt]:

@@ -71,8 +71,7 @@ def status(run_dir: Path) -> Status:
     )
 
 
-QUIET = ("finished", "stopped", "cancelled")
-WORDS = {"finished": "finished", "stopped": "stopped", "cancelled": "cancelled", "lost": "lost"}
+QUIET = ("finished", "stopped", "cancelled")  # outcomes that are no error
 
 
 def _alive(job: Job) -> bool | None:
@@ -103,7 +102,8 @@ def _state(
         return "unknown (Slurm does not answer)"
     if not history:
         return "lost"
-    return WORDS.get(history[-1].outcome, "failed")
+    outcome = history[-1].outcome
+    return outcome if outcome in (*QUIET, "lost") else "failed"
 
 
 def _alive_state(facts: dict[str, str]) -> str:

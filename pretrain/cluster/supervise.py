@@ -45,14 +45,15 @@ class Supervisor:
 
     def _one_attempt(self) -> int | None:
         """The job's exit status after an attempt; None where another one follows."""
+        if self.received is not None:  # between two attempts: all is saved that there is
+            return STOPPED
         verdict = begin(self.folder, self._attempt, [socket.gethostname()])
         if verdict is not None:
             say(verdict.why)
             return verdict.status
-        if self.received is None:
-            self._start_and_wait()
-        if self._agent is None or self.received == INTERRUPTED:
-            return STOPPED if self._agent is None else INTERRUPTED
+        self._start_and_wait()
+        if self.received == INTERRUPTED:
+            return INTERRUPTED
         verdict = end(self.folder, self._attempt)
         if verdict.action == "end":
             return verdict.status
