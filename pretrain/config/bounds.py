@@ -21,7 +21,7 @@ BOUNDS = (
         "at least 1",
         lambda value: value >= 1,
         """
-        run.steps model.embed_dim model.depth model.num_heads model.patch_size model.img_size
+        run.steps model.embed_dim model.depth model.num_heads model.patch_size model.img_size model.img_width
         model.in_channels optim.max_bad_steps dino_head.hidden_dim dino_head.bottleneck_dim
         dino_head.num_layers ibot_head.hidden_dim ibot_head.bottleneck_dim ibot_head.num_layers
         loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.decode.max_pixels

@@ -90,6 +90,8 @@ def _check_sizes(cfg: Config) -> None:
         "data.global_crops.size": cfg.data.global_crops.size,
         "data.local_crops.size": cfg.data.local_crops.size,
     }
+    if cfg.model.img_width is not None:
+        sizes["model.img_width"] = cfg.model.img_width
     if cfg.log.knn.train:
         sizes["log.knn.crop"] = cfg.log.knn.crop
     for key, size in sizes.items():

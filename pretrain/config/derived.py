@@ -35,6 +35,12 @@ def ffn_hidden_dim(model: ModelConfig) -> int:
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if model.ffn_layer == "swiglu" else hidden
 
 
+def position_grid(model: ModelConfig) -> tuple[int, int]:
+    """Rows and columns of the learned position embeddings."""
+    width = model.img_size if model.img_width is None else model.img_width
+    return model.img_size // model.patch_size, width // model.patch_size
+
+
 def drop_path_rates(model: ModelConfig) -> tuple[float, ...]:
     """Drop-path rate of each block."""
     depth = vit_shape(model).depth

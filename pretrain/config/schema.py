@@ -33,6 +33,7 @@ class ModelConfig:
     num_heads: int | None = None  # only with arch=custom
     patch_size: int = 16  # pixels
     img_size: int = 224  # pixels; sets the learned position grid (img_size / patch_size squared)
+    img_width: int | None = None  # pixels; columns of a position grid that is not square; null = img_size
     in_channels: int = 3  # of the images, as data.channels
     num_register_tokens: int = 0  # 4 in the released "reg" models
     ffn_layer: Literal["mlp", "swiglu"] = "mlp"  # swiglu = DINOv2's swiglufused

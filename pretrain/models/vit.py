@@ -4,13 +4,14 @@ Parameter names and shapes are those of the released checkpoints (`blocks.3.attn
 D)).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, vit_shape
+from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, position_grid, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.models.attention import Backend
 from pretrain.models.block import Block
@@ -50,7 +51,7 @@ class VisionTransformer(nn.Module):
         self.drop_path_rates = drop_path_rates(cfg)
         self.patch_embed = PatchEmbed(cfg.in_channels, dim, cfg.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + (cfg.img_size // cfg.patch_size) ** 2, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(position_grid(cfg)), dim))
         if cfg.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, cfg.num_register_tokens, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
@@ -70,18 +71,26 @@ class VisionTransformer(nn.Module):
         Returns:
             (B, 1 + R + N, D): class token, registers (without position), patches.
         """
-        rows, cols = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         x = self.patch_embed(images)
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype).unsqueeze(0), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        square = images.shape[-2] == images.shape[-1]
-        x = x + interpolate_pos_embed(
-            self.pos_embed, (rows, cols), self.cfg.pos_embed_offset, self.cfg.pos_embed_antialias, square
-        )
+        x = x + self.positions(images.shape[-2], images.shape[-1])
         if not self.cfg.num_register_tokens:
             return x
         return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings (1, 1 + N, D) for images of a size in pixels.
+
+        A square grid is used as it is for square images only, as in the original: an image a few pixels off
+        square is interpolated to the grid it has.
+        """
+        stored, grid = position_grid(self.cfg), (height // self.patch_size, width // self.patch_size)
+        if grid == stored and (height == width or stored[0] != stored[1]):
+            return self.pos_embed
+        offset, antialias = self.cfg.pos_embed_offset, self.cfg.pos_embed_antialias
+        return interpolate_pos_embed(self.pos_embed, stored, grid, offset, antialias)
 
     def forward(
         self,

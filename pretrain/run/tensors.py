@@ -1,7 +1,7 @@
 """Named tensors in a folder, in the format of torch.distributed.checkpoint (DCP).
 
-The folder holds tensors only: DCP would pickle anything else. Its `.metadata` is a pickle all the same: load
-only folders you trust.
+The folder holds tensors only: DCP would pickle anything else. Its `.metadata` is a pickle all the same, read
+without running code from it.
 """
 
 import warnings
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from pretrain.errors import InputError
+from pretrain.run.tensor_metadata import SafeReader
 
 SHOWN = 3  # names of a kind in an error line
 
@@ -49,7 +50,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     try:
         with _own_failures():
-            load(dict(tensors), storage_reader=FileSystemReader(folder), no_dist=True)
+            load(dict(tensors), storage_reader=SafeReader(folder), no_dist=True)
     except Exception as error:  # a damaged file fails in whichever way its bytes lead to
         raise _damaged(folder, error) from error
 
@@ -113,7 +114,7 @@ def _stored(folder: Path) -> dict[str, str]:
 
 def _entries(folder: Path) -> dict[str, STORAGE_TYPES]:
     try:
-        return FileSystemReader(folder).read_metadata().state_dict_metadata
+        return SafeReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # a damaged pickle fails in whichever way its bytes lead to
         raise _damaged(folder, error) from error
 

@@ -65,6 +65,7 @@ REFUSED = [
         ["model.img_size=200"],
         "model.img_size: 200 px is not a multiple of model.patch_size=16; use for example 192",
     ),
+    (["model.img_width=200"], "model.img_width: 200 px is not a multiple of model.patch_size=16"),
     (["data.local_crops.size=98"], "data.local_crops.size: 98 px is not a multiple of model.patch_size=16"),
     (["log.knn.train=a", "log.knn.test=b", "log.knn.crop=225"], "log.knn.crop: 225 px is not a multiple of"),
     (["data.mean=[0.5]"], "data.mean: needs 3 values, one a channel, got [0.5]"),

@@ -153,3 +153,13 @@ def test_initial_weights_depend_on_seed_and_name_only():
     again = VisionTransformer(small.cfg)
     init_weights(again, seed=0)
     assert not torch.equal(other.pos_embed, again.pos_embed)
+
+
+def test_a_grid_that_is_not_square_is_used_as_it_is_where_it_fits_and_interpolated_elsewhere():
+    model = build(img_width=48)  # 4 x 6 patches
+    assert model.pos_embed.shape == (1, 1 + 4 * 6, 24)
+    assert torch.equal(model.positions(32, 48), model.pos_embed)
+    turned = model.positions(48, 32)
+    assert turned.shape == model.pos_embed.shape and not torch.equal(turned, model.pos_embed)
+    features = model([torch.randn(2, 3, 32, 32)])[0]
+    assert features.patches.shape == (2, 16, 24) and features.patches.isfinite().all()

@@ -1,0 +1,68 @@
+"""Reads the `.metadata` of a torch.distributed.checkpoint (DCP) folder without running code from it.
+
+DCP writes that file as a pickle and reads it with `pickle.load`, which runs whatever the file says. Here only
+the plain classes that describe tensors may appear in it.
+"""
+
+import pickle
+from pathlib import PosixPath
+from typing import Any, ClassVar
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+DESCRIPTIONS = (
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.Metadata,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    torch.Size,
+)
+
+
+class UnsafeMetadataError(pickle.UnpicklingError):
+    """The file names something that no description of tensors needs."""
+
+
+class _Unpickler(pickle.Unpickler):
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        **{(kind.__module__, kind.__qualname__): kind for kind in DESCRIPTIONS},
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        ("pathlib", "PosixPath"): PosixPath,
+        ("collections", "OrderedDict"): dict,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A class of the list, or one of torch's dtypes."""
+        if (module, name) in self.ALLOWED:
+            return self.ALLOWED[module, name]
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, torch.dtype | torch.layout | torch.memory_format):
+            return found
+        raise UnsafeMetadataError(f"it is a pickle that wants to run {module}.{name}")
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader of a folder, for folders that come from anyone."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As the base class.
+
+        Raises:
+            UnsafeMetadataError: the file names another class or function than those of a description.
+        """
+        path = self._get_metadata_path(kwargs.get("rank"))
+        with self.fs.create_stream(path, "rb") as file:
+            found = _Unpickler(file).load()
+        if not isinstance(found, Metadata):
+            raise UnsafeMetadataError(f"it holds a {type(found).__name__} instead of DCP's metadata")
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found

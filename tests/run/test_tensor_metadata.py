@@ -1,0 +1,51 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.errors import InputError
+from pretrain.run.tensors import read_tensors, save_tensors
+
+
+class Attack:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.target,)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    save_tensors(path, {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(3), "c": torch.ones(2).bool()})
+    return path
+
+
+def test_every_kind_of_tensor_is_described(folder: Path) -> None:
+    found = read_tensors(folder, "")
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items()} == {
+        "a": (torch.float32, (2, 3)),
+        "b": (torch.int64, ()),
+        "c": (torch.bool, (2,)),
+    }
+    assert found["a"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_metadata_that_would_run_code_is_refused_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    for harmful in (Attack(target), {"state_dict_metadata": Attack(target)}):
+        (folder / ".metadata").write_bytes(pickle.dumps(harmful))
+        with pytest.raises(InputError, match=r"it is a pickle that wants to run (posix|nt)\.mkdir"):
+            read_tensors(folder, "")
+    assert not target.exists()
+
+
+def test_metadata_of_another_kind_is_refused(folder: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(InputError, match="it holds a dict instead of DCP's metadata"):
+        read_tensors(folder, "")
