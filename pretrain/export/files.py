@@ -1,0 +1,122 @@
+"""Opens a file of weights of any program by what it holds, never by its name. Tensors are mapped, not read.
+
+A pickle is read by torch's restricted unpickler alone: one that wants to run code is refused.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pretrain.errors import InputError
+from pretrain.export.own import ENTRY, FORMAT, parse_description, what_it_is
+
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+MAX_HEADER = 100 << 20  # bytes of a safetensors header, the format's own limit
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file or folder of weights holds."""
+
+    kind: str  # of the file, in words
+    tensors: dict[str, Tensor]  # flat: names of nested dicts joined by dots
+    description: dict[str, Any] = field(default_factory=dict)  # what travels with our own weights
+    described_by: str = ""  # where the description stands
+    config: dict[str, Any] = field(default_factory=dict)  # a model folder's config.json
+
+
+def open_file(path: Path) -> Contents:
+    """The tensors of one file: safetensors, or what torch.save wrote of tensors in dicts.
+
+    Raises:
+        InputError: the file is missing, cut short, something else than weights, or wants to run code.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(ZIP):
+        return _torch_file(path, mapped=True)
+    if start.startswith(PICKLE):
+        return _torch_file(path, mapped=False)
+    if len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < MAX_HEADER:
+        return _safetensors_file(path)
+    if not start:
+        raise InputError(f"{path}: is empty")
+    raise InputError(f"{path}: {what_it_is(path, 'and not one of torch.save')}")
+
+
+def _safetensors_file(path: Path) -> Contents:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError, AttributeError) as error:  # a type that this torch lacks: the last
+        raise InputError(f"{path}: not a complete safetensors file ({error})") from error
+    description = parse_description(path, metadata) if ENTRY in metadata else {}
+    return Contents("safetensors file", tensors, description, "its metadata")
+
+
+def _torch_file(path: Path, mapped: bool) -> Contents:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # a damaged file fails in whichever way its bytes lead to
+        raise InputError(f"{path}: {_why(error)}") from error
+    tensors = dict(_flat(found, ""))
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors, but a {type(found).__name__}")
+    return Contents("file of torch.save", tensors, _beside(path), str(path.with_suffix(".json")))
+
+
+def _why(error: Exception) -> str:
+    wanted = re.search(
+        r"(?:GLOBAL|Unsupported global:|Unsupported class) ?(?:GLOBAL )?([\w.]+\.\w+)", str(error)
+    )
+    if wanted and wanted[1].startswith(("torch.distributed", "torch.nn")):
+        return f"holds {wanted[1]} objects instead of tensors; save a state dict of whole tensors"
+    if wanted:
+        return (
+            f"a pickle that wants to run {wanted[1]}: refused. If you trust it, save its tensors alone "
+            "where it was made"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return f"a pickle that is no state dict ({_first_line(error)})"
+    return f"cut short or damaged ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _flat(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dicts and lists; everything else is left."""
+    if isinstance(value, Tensor):
+        yield prefix, value.detach()
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{prefix}.{index}" if prefix else str(index))
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """The description that we write beside a .pth file."""
+    beside = path.with_suffix(".json")
+    try:
+        found = json.loads(beside.read_text())
+    except (OSError, ValueError):
+        return {}
+    ours = isinstance(found, dict) and found.get("format") == FORMAT
+    return parse_description(beside, {ENTRY: json.dumps(found)}) if ours else {}

@@ -1,0 +1,110 @@
+"""Finds the backbone in a flat state dict: under which prefix, in which layout, and what else is there."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pretrain.errors import InputError
+from pretrain.surgery.architecture import listed
+from pretrain.surgery.layouts import (
+    CHUNKED,
+    DINOV2,
+    DINOV2_SPLIT,
+    HUGGING_FACE,
+    HUGGING_FACE_MODULES,
+    TIMM,
+    Layout,
+    State,
+    unchunked,
+)
+
+PATCH_EMBEDDINGS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")
+# parts of a training checkpoint that no backbone has: left out, and said
+PRETRAINING = re.compile(
+    r"(.*\.)?(dino_head|ibot_head|dino_loss|ibot_patch_loss|ibot_loss|koleo_loss|gram_teacher|optimizer|optim|"
+    r"lr_scheduler|method|student|teacher)\..*"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A backbone's tensors under the names of its layout, and what was left out."""
+
+    state: dict[str, Tensor]  # prefix and chunks removed
+    layout: Layout
+    prefix: str
+    chunks: bool  # whether block names had a chunk number
+    left_out: dict[str, int]  # parts of a training checkpoint: number of tensors
+    others: list[str]  # names that belong to nothing known
+
+
+def find_backbone(state: State, branch: str | None) -> Found:
+    """The backbone in a state dict.
+
+    Args:
+        state: flat, as read from the file.
+        branch: `student` or `teacher` where there are several; None = the teacher's.
+
+    Raises:
+        InputError: there is none, or none of that branch, or several that nothing tells apart.
+    """
+    prefix = _choose(_prefixes(state), branch, state)
+    inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    outside = [name for name in state if not name.startswith(prefix)]
+    has_chunks = any(map(CHUNKED.fullmatch, inside))
+    inside = unchunked(inside) if has_chunks else inside
+    layout = _layout(inside)
+    whole = bool({"student", "teacher"} & set(prefix.split(".")))  # so everything else is of the training
+    training = [name for name in inside if PRETRAINING.fullmatch(name)]
+    training += [name for name in outside if whole or PRETRAINING.fullmatch(name)]
+    state = {name: tensor for name, tensor in inside.items() if not PRETRAINING.fullmatch(name)}
+    others = [name for name in outside if name not in training]
+    return Found(state, layout, prefix, has_chunks, dict(Counter(map(_part, training))), others)
+
+
+def _prefixes(state: State) -> list[str]:
+    return [name.removesuffix(end) for end in PATCH_EMBEDDINGS for name in state if name.endswith(end)]
+
+
+def _choose(prefixes: list[str], branch: str | None, state: State) -> str:
+    if not prefixes:
+        raise InputError(
+            f"no vision transformer that this tool knows among {len(state)} tensors ({listed(list(state))})"
+        )
+    wanted = branch or ("teacher" if len(prefixes) > 1 else None)
+    if wanted:
+        prefixes = [p for p in prefixes if wanted in p.split(".")] or _unnamed(prefixes, wanted)
+    if len(prefixes) > 1:
+        raise InputError(f"several backbones ({listed(prefixes)}) and no telling which; extract one first")
+    return prefixes[0]
+
+
+def _unnamed(prefixes: list[str], wanted: str) -> list[str]:
+    """A file with one backbone need not say whose it is, unless it says another's."""
+    if len(prefixes) == 1 and not {"student", "teacher"} & set(prefixes[0].split(".")):
+        return prefixes
+    raise InputError(f"holds no backbone of the {wanted}, only {listed(prefixes)}")
+
+
+def _part(name: str) -> str:
+    """The part of a training checkpoint that a tensor belongs to."""
+    words = name.split(".")
+    known = [i for i, word in enumerate(words) if PRETRAINING.fullmatch(f"{word}.x")]
+    end = known[-1] + 1 if known else 1
+    return ".".join(words[: end + 1] if words[end - 1] in ("student", "teacher") else words[:end])
+
+
+def _layout(state: State) -> Layout:
+    """By the names that only one layout has."""
+    if any(name.startswith(("rope_embed.", "storage_tokens")) for name in state):
+        raise InputError(
+            "a DINOv3 backbone (rotary positions), which has no learned positions: not supported"
+        )
+    if any(name.startswith("encoder.layer.") for name in state):
+        modules = any(".attention.q_proj." in name for name in state)
+        return HUGGING_FACE_MODULES if modules else HUGGING_FACE
+    if "reg_token" in state or "mask_token" not in state:
+        return TIMM
+    return DINOV2_SPLIT if any(name.endswith(".mlp.w1.weight") for name in state) else DINOV2
