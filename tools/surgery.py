@@ -56,7 +56,16 @@ DIFFER = 1  # exit status of diff and verify
 Verb = Callable[[argparse.Namespace], int]
 PIPE_WIDTH = 160  # columns of a table that goes elsewhere than to a terminal
 
-out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+
+class Output(Console):
+    """A console that leaves it to `main` what to do when the reader has seen enough."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise again, where rich ends the program with status 1."""
+        raise BrokenPipeError
+
+
+out = Output(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(stderr=True)
 bars = Progress(console=errors, transient=True, disable=not errors.is_terminal)
 

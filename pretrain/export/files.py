@@ -21,6 +21,7 @@ from pretrain.errors import InputError
 from pretrain.export.own import ENTRY, FORMAT, parse_description, what_it_is
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
 MAX_HEADER = 100 << 20  # bytes of a safetensors header, the format's own limit
 
 
@@ -44,12 +45,12 @@ def open_file(path: Path) -> Contents:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     with path.open("rb") as file:
-        start = file.read(9)
-    if start.startswith(ZIP):
-        return _torch_file(path, mapped=True)
+        start = file.read(len(LEGACY))
+    if start.startswith((ZIP, LEGACY)):
+        return _torch_file(path, mapped=start.startswith(ZIP))
     if start.startswith(PICKLE):
-        return _torch_file(path, mapped=False)
-    if len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < MAX_HEADER:
+        raise InputError(f"{path}: a pickle that torch.save did not write: refused, it could run code")
+    if len(start) >= 9 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < MAX_HEADER:
         return _safetensors_file(path)
     if not start:
         raise InputError(f"{path}: is empty")

@@ -50,7 +50,7 @@ def _check_replaceable(path: Path) -> None:
     ours = {CONFIG, WEIGHTS[0], "preprocessor_config.json"}
     if not path.is_dir() or {file.name for file in path.iterdir()} - ours:
         raise InputError(
-            f"--out {path}: holds other things than a model; --force replaces only a model folder"
+            f"--out {path}: holds other things than a model; --force replaces model folders only"
         )
 
 

@@ -53,7 +53,9 @@ def read_weights(
         InputError: the file cannot be read, or holds no whole backbone of a known kind.
     """
     contents = open_weights(path, SHARDED_BACKBONE.format(branch or "teacher") if _is_own(path) else "")
-    described = contents.description.get("model")
+    described, about = contents.description.get("model"), dict(contents.description.get("about", {}))
+    if branch and about.get("branch") == branch:
+        branch = None  # the file says whose it is, its names need not
     model = described_model(path, described) if described is not None else None
     try:
         found = read_backbone(contents.tensors, branch, _settings(contents, settings), model)
@@ -64,9 +66,8 @@ def read_weights(
     except InputError as error:
         hint = f" (the model that {contents.described_by} describes)" if model else ""
         raise InputError(f"{path}: {error}{hint}") from error
-    about = dict(contents.description.get("about", {}))
     if branch or _is_own(path):
-        about = {"branch": branch or "teacher", **about}
+        about = {**about, "branch": branch or "teacher"}
     return Weights(path, contents.kind, found.layout, found.state, found.model, about, found.changes)
 
 

@@ -192,6 +192,9 @@ def _with_settings(model: ModelConfig, settings: Settings) -> ModelConfig:
     if settings.num_heads:
         dim, depth, _ = vit_shape(model)
         model = replace(model, arch="custom", embed_dim=dim, depth=depth, num_heads=settings.num_heads)
+    if settings.grid:
+        rows, columns = (n * model.patch_size for n in settings.grid)
+        model = replace(model, img_size=rows, img_width=None if rows == columns else columns)
     if settings.pos_embed_offset is not None:
         model = replace(model, pos_embed_offset=settings.pos_embed_offset)
     if settings.pos_embed_antialias is not None:

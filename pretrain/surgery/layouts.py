@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pretrain.errors import InputError
+
 State = Mapping[str, Tensor]
 Names = Mapping[str, tuple[str, ...]]  # ours (a tensor, or all below it) -> theirs
 
@@ -112,8 +114,13 @@ def chunked(state: State, depth: int, chunks: int) -> dict[str, Tensor]:
     """Block names with the chunk before the number: blocks.5 becomes blocks.1.5 (two chunks of four).
 
     A chunk holds depth // chunks blocks, a rest makes one more chunk.
+
+    Raises:
+        InputError: there are fewer blocks than chunks, or no chunks.
     """
-    size = max(depth // chunks, 1)
+    if not 1 <= chunks <= depth:
+        raise InputError(f"--chunks: {chunks} must be between 1 and the {depth} blocks")
+    size = depth // chunks
     return {
         BLOCK.sub(lambda m: f"blocks.{int(m[1]) // size}.{m[1]}.{m[2]}", name): tensor
         for name, tensor in state.items()

@@ -73,19 +73,15 @@ def _choose(prefixes: list[str], branch: str | None, state: State) -> str:
         raise InputError(
             f"no vision transformer that this tool knows among {len(state)} tensors ({listed(list(state))})"
         )
-    wanted = branch or ("teacher" if len(prefixes) > 1 else None)
-    if wanted:
-        prefixes = [p for p in prefixes if wanted in p.split(".")] or _unnamed(prefixes, wanted)
-    if len(prefixes) > 1:
-        raise InputError(f"several backbones ({listed(prefixes)}) and no telling which; extract one first")
-    return prefixes[0]
-
-
-def _unnamed(prefixes: list[str], wanted: str) -> list[str]:
-    """A file with one backbone need not say whose it is, unless it says another's."""
-    if len(prefixes) == 1 and not {"student", "teacher"} & set(prefixes[0].split(".")):
-        return prefixes
-    raise InputError(f"holds no backbone of the {wanted}, only {listed(prefixes)}")
+    if not branch and len(prefixes) == 1:
+        return prefixes[0]
+    wanted = branch or "teacher"
+    chosen = [prefix for prefix in prefixes if wanted in prefix.split(".")]
+    if len(chosen) != 1:
+        raise InputError(
+            f"{len(chosen)} backbones of the {wanted}; there are {listed([p or '-' for p in prefixes])}"
+        )
+    return chosen[0]
 
 
 def _part(name: str) -> str:
