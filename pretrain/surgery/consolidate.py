@@ -88,5 +88,10 @@ def _check_harmless(path: Path) -> None:
 
 
 def _inert(name: str) -> type:
-    """A class that takes any state and does nothing: this reading is a check, its result is dropped."""
-    return type(name, (), {"__setstate__": lambda self, state: None})
+    """A class that takes anything and does nothing: this reading is a check, its result is dropped."""
+    members = {"__init__": _nothing, "__setstate__": _nothing}
+    return type(name, (), members)
+
+
+def _nothing(_self: object, *_arguments: object, **_named: object) -> None:
+    pass

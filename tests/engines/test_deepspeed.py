@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.surgery.consolidate import read_deepspeed
 from tests.engines.deepspeed_ranks import MORE
 from tests.engines.deepspeed_small import BAD_STEP, plain_config, rmlp_config, run
 from tests.golden_files import relative_error
@@ -126,6 +127,16 @@ def test_resumed_by_as_many_ranks_it_goes_on_bit_for_bit(trained):
         assert results["resumed"]["steps"] == results["uninterrupted"]["steps"]
         for key, value in results["uninterrupted"]["weights"].items():
             assert torch.equal(results["resumed"]["weights"][key], value), key
+
+
+def test_its_own_folder_merges_into_the_students_weights(trained):
+    _, folder, _ = trained
+    model = torch.load(folder / "model.pt", weights_only=True)
+    merged = read_deepspeed(folder / "optim" / "zero")
+    assert {key for key in model if key.startswith("student.backbone.")} <= {
+        f"student.{key}" for key in merged
+    }
+    assert all(torch.equal(value, model[f"student.{key}"]) for key, value in merged.items())
 
 
 def test_resumed_by_one_rank_it_goes_on_after_conversion(trained, single):
