@@ -46,12 +46,12 @@ def open_file(path: Path) -> Contents:
         raise InputError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(len(LEGACY))
+    if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < MAX_HEADER:  # first: any byte may begin it
+        return _safetensors_file(path)
     if start.startswith((ZIP, LEGACY)):
         return _torch_file(path, mapped=start.startswith(ZIP))
     if start.startswith(PICKLE):
         raise InputError(f"{path}: a pickle that torch.save did not write: refused, it could run code")
-    if len(start) >= 9 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < MAX_HEADER:
-        return _safetensors_file(path)
     if not start:
         raise InputError(f"{path}: is empty")
     raise InputError(f"{path}: {what_it_is(path, 'and not one of torch.save')}")
