@@ -90,7 +90,10 @@ def load_backbone(backbone: VisionTransformer, path: Path) -> None:
     ]
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise InputError(f"model.init_from: {path} holds another model: {'; '.join(faults[:3])}{more}")
+        raise InputError(
+            f"model.init_from: {path} holds another model: {'; '.join(faults[:3])}{more}. "
+            "tools/surgery.py resizes positions, patches, channels and registers"
+        )
     for key, parameter in backbone.state_dict().items():
         assign(parameter, export.state[key])
 

@@ -1,5 +1,6 @@
 """The generated page is current, and the commands that the documents show are accepted."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -10,13 +11,19 @@ from pretrain.config.docs import configuration_page
 from pretrain.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
+SURGERY = re.compile(r"python tools/surgery\.py ([^`\n]*)")
 COMMAND = re.compile(r"^(?:\$ )?(?:\.venv/bin/)?python -m pretrain (configs/\S+.*)$", re.MULTILINE)
 
 
+def blocks(page: Path) -> list[str]:
+    """A page's code blocks, continued lines joined."""
+    found = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [block.replace("\\\n", " ") for block in found]
+
+
 def shown_commands(page: Path) -> list[str]:
-    """The training commands in a page's code blocks, continued lines joined and comments removed."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [command for block in blocks for command in COMMAND.findall(block.replace("\\\n", " "))]
+    """The training commands in a page's code blocks."""
+    return [command for block in blocks(page) for command in COMMAND.findall(block)]
 
 
 def test_the_configuration_page_is_current() -> None:
@@ -36,3 +43,18 @@ def test_shown_commands_are_accepted(page: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_readme_shows_a_training_command() -> None:
     assert shown_commands(ROOT / "README.md")
+
+
+def test_shown_surgery_is_accepted_and_every_verb_is_shown() -> None:
+    spec = importlib.util.spec_from_file_location("surgery_tool", ROOT / "tools" / "surgery.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    pages = [ROOT / "README.md", ROOT / "tools" / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        commands = [shlex.split(text, comments=True) for text in SURGERY.findall(page.read_text())]
+        verbs = {script.parse(command).run.__name__ for command in commands}
+        if page.name == "surgery.md" or page.parent.name == "tools":
+            named = [name for name in vars(script) if name.startswith("run_")]
+            missing = {name for name in named if name not in verbs} - {"run_drop_registers"}
+            assert verbs and not missing

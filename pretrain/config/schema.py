@@ -44,7 +44,7 @@ class ModelConfig:
     pos_embed_antialias: bool = False  # true in the released register models
     pos_embed_offset: float = 0.1  # grid-size offset of interpolation; 0.0 in the released register models
     attention: Literal["auto", "sdpa", "math"] = "auto"  # auto: math on CPU in bf16, sdpa elsewhere
-    init_from: str = ""  # an export (.safetensors) to start the backbone from; empty = random weights
+    init_from: str = ""  # an export to start from (tools/surgery.py makes one); empty = random weights
 
 
 @dataclass(frozen=True)

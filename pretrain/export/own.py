@@ -134,7 +134,8 @@ def parse_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
     """
     if ENTRY not in metadata:
         raise InputError(
-            f"{path}: a safetensors file without a description of its model, so not an export of this project"
+            f"{path}: a safetensors file without a description of its model, so not an export of this "
+            "project; python tools/surgery.py convert FILE --to ours --out NEW.safetensors makes one"
         )
     try:
         description = json.loads(metadata[ENTRY])
