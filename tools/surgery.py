@@ -305,7 +305,7 @@ def run_average(options: argparse.Namespace) -> int:
     shares = options.weights or [1.0] * number
     if options.ema is not None:
         shares = ema_weights(number, options.ema)
-    return _report(options, combine(options.sources, shares, _order(options)))
+    return _report(options, combine(options.sources, shares, _order(options), options.ema is not None))
 
 
 def _report(options: argparse.Namespace, done: Written) -> int:

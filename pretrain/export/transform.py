@@ -78,13 +78,16 @@ def convert(
     return Written(weights.model, len(weights.state), changes)
 
 
-def combine(sources: Sequence[Path], shares: Sequence[float], order: Order) -> Written:
+def combine(
+    sources: Sequence[Path], shares: Sequence[float], order: Order, ascending: bool = False
+) -> Written:
     """The weighted average of several backbones of one architecture.
 
     Args:
         sources: the first gives dtypes and settings.
         shares: one a source; the sum does not matter.
         order: what to write.
+        ascending: refuse sources whose steps, as far as they tell them, do not rise.
 
     Raises:
         InputError: a source or the target is wrong, or the architectures differ.
@@ -95,6 +98,9 @@ def combine(sources: Sequence[Path], shares: Sequence[float], order: Order) -> W
         differing = model_differences(read[0].model, other.model)
         if differing:
             raise InputError(f"{other.path}: another model than {read[0].path}: {'; '.join(differing[:3])}")
+    steps = [weights.about["step"] for weights in read if "step" in weights.about]
+    if ascending and steps != sorted(steps):
+        raise InputError(f"the oldest file comes first, these are of the steps {steps}")
     advance = order.stage("averaging", size(read[0].state))
     state = average([weights.state for weights in read], shares, advance)
     write_export(order.out, state, read[0].model, _about(read[0], sources, order))

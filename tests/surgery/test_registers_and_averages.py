@@ -77,12 +77,14 @@ def test_wrong_averages_are_refused(tmp_path, surgery):
 def test_the_average_over_a_runs_exports_by_the_tool(tmp_path, surgery):
     paths = [tmp_path / f"teacher_step_{step:08d}.safetensors" for step in (10, 20, 30)]
     states = [random_state(PLAIN, seed) for seed in range(3)]
-    for path, state in zip(paths, states, strict=True):
-        write_export(path, state, PLAIN, {"step": 1})
+    for step, path, state in zip((10, 20, 30), paths, states, strict=True):
+        write_export(path, state, PLAIN, {"step": step})
     out = tmp_path / "out.safetensors"
     assert surgery("average", *paths, "--ema", 0.5, "--out", out).status == 0
     export = read_export(out)
     assert equal(export.state, average(states, [0.25, 0.25, 0.5]))
+    done = surgery("average", *reversed(paths), "--ema", 0.5, "--out", tmp_path / "wrong.safetensors")
+    assert done.status == 2 and "the oldest file comes first, these are of the steps [30, 20, 10]" in done.err
     assert [s["path"] for s in export.about["provenance"][0]["sources"]] == list(map(str, paths))
 
 
