@@ -1,0 +1,53 @@
+"""Which patch tokens are defective: by their angle to the predicted direction, or by their norm."""
+
+import torch
+from torch import Tensor
+
+ANGLE_THRESHOLD = 4.0  # standard deviations above the mean (paper and released code)
+NORM_THRESHOLD = 8.0  # median absolute deviations above the median
+MIN_PATCHES = 196  # of the angle criterion: fewer than 17 can never be 4 deviations above their own mean
+
+
+def alignment(tokens: Tensor, direction: Tensor) -> Tensor:
+    """|cos| between tokens (..., D) and a direction (D,), as (...)."""
+    unit = direction.to(tokens.dtype) / direction.norm().to(tokens.dtype)
+    return (tokens @ unit).abs() / tokens.norm(dim=-1).clamp(min=1e-12)
+
+
+def defective_by_angle(cosines: Tensor, threshold: float = ANGLE_THRESHOLD, border: int = 0) -> Tensor:
+    """Patches whose |cos| stands out among those of their image: above mean + threshold * deviation.
+
+    Args:
+        cosines: (B, h, w).
+        threshold: in unbiased standard deviations over all patches of the image.
+        border: rows and columns at each side that never count as defective; they do count in mean and
+            deviation.
+
+    Returns:
+        (B, h, w) bool.
+    """
+    flat = cosines.flatten(1)
+    limit = flat.mean(dim=1) + threshold * flat.std(dim=1)
+    found = cosines > limit[:, None, None]
+    if border:
+        inner = torch.zeros_like(found)
+        inner[:, border:-border, border:-border] = found[:, border:-border, border:-border]
+        return inner
+    return found
+
+
+def defective_by_norm(norms: Tensor, threshold: float = NORM_THRESHOLD) -> Tensor:
+    """Patches whose norm is above median + threshold * median absolute deviation of their image.
+
+    Args:
+        norms: (B, ...).
+        threshold: in median absolute deviations.
+
+    Returns:
+        (B, ...) bool.
+    """
+    flat = norms.flatten(1)
+    middle = flat.median(dim=1).values
+    deviation = (flat - middle[:, None]).abs().median(dim=1).values
+    limit = middle + threshold * deviation.clamp(min=1e-12)
+    return norms > limit.view(-1, *[1] * (norms.ndim - 1))
