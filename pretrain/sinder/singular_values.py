@@ -12,6 +12,11 @@ from pretrain.models.vit import VisionTransformer
 class SingularLinear(nn.Module):
     """A linear layer whose last rows are such a matrix; the rows before them stay as they are."""
 
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    fixed: Tensor
+
     def __init__(self, layer: nn.Linear, fixed_rows: int = 0) -> None:
         """Take over a layer.
 
@@ -27,15 +32,26 @@ class SingularLinear(nn.Module):
         self.bias = layer.bias
         self.epsilon = nn.Parameter(torch.zeros_like(s))
         self.original = weight
+        self._cached: Tensor | None = None
+        self._version = -1
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix, fp32: exactly the original one while nothing was trained."""
-        if not self.epsilon.requires_grad and not self.epsilon.any():
-            return self.original.to(self.epsilon.device)
-        trained: Tensor = (self.u * (self.s + self.epsilon)) @ self.vh  # type: ignore[operator]
-        return torch.cat([self.fixed, trained])  # type: ignore[list-item]
+        """The whole matrix, fp32: exactly the original one while nothing was trained.
+
+        Without gradients it is computed once for all forwards between two steps of the optimizer.
+        """
+        if torch.is_grad_enabled():
+            return self._compose()
+        if self._cached is None or self._version != self.epsilon._version:
+            whole = self._compose() if self.epsilon.any() else self.original.to(self.epsilon.device)
+            self._cached, self._version = whole, self.epsilon._version
+        return self._cached
+
+    def _compose(self) -> Tensor:
+        trained = (self.u * (self.s + self.epsilon)) @ self.vh
+        return torch.cat([self.fixed, trained])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""

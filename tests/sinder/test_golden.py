@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from pretrain.config.schema import ModelConfig
+from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.detection import alignment, defective_by_angle
 from pretrain.sinder.directions import defect_directions
+from pretrain.sinder.hits import Criterion
 from pretrain.sinder.linear_maps import block_maps
+from pretrain.sinder.repair import Repair, RepairSettings
 from pretrain.sinder.smooth_loss import smooth_loss, smooth_targets
 from tests.golden_files import load, relative_error, section
 
@@ -56,3 +59,28 @@ def test_smooth_loss_with_their_directions_and_tokens(kernel, index):
     assert relative_error(smooth_targets(tokens, cosines, kernel)[0], golden["target"]) < 1e-5
     value = smooth_loss(tokens, cosines, defective, kernel)
     assert value.item() == pytest.approx(golden["value"].item(), rel=1e-5)
+
+
+def test_thirty_steps_of_repair():
+    """The released loop on one image: the trace of losses, and every repaired matrix."""
+    sgd = META["sgd"]
+    criterion = Criterion(sgd["mask_thr"], sgd["kernel"], sgd["skip_less_than"], sgd["limit_layers"])
+    settings = RepairSettings(criterion, sgd["lr"], sgd["momentum"])
+    backbone = VisionTransformer(MODEL, "math")
+    backbone.load_state_dict(STATE)
+    repair = Repair(backbone, list(ARRAYS["directions"]), settings)
+    trained = sum(layer.epsilon.numel() for layer in repair.layers.values())
+    assert sorted(repair.layers) == sorted({name.rpartition(".")[0] for name in META["trainable"]})
+    assert trained == 4 * DEPTH * 64
+    for block, loss, defective in META["trace"]:
+        step = repair.step(ARRAYS["image"])
+        assert (step.first_block, step.defective_patches, step.applied) == (block, defective, True)
+        assert step.loss == pytest.approx(loss, rel=1e-5)
+    repaired = repair.repaired(STATE)
+    for name, tensor in STATE.items():
+        if f"repaired/{name}" in ARRAYS:
+            assert relative_error(repaired[name], ARRAYS[f"repaired/{name}"]) < 1e-4
+        else:
+            assert repaired[name] is tensor
+    for index in (2, 3):  # beyond the block that shows the defect: the same bits
+        assert all(repaired[n] is STATE[n] for n in STATE if n.startswith(f"blocks.{index}."))

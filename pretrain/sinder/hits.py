@@ -1,0 +1,106 @@
+"""Where each image of a batch first shows defects, and the loss that repairs it there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.models.packing import Layout
+from pretrain.models.vit import VisionTransformer
+from pretrain.sinder.detection import ANGLE_THRESHOLD, alignment, defective_by_angle
+from pretrain.sinder.smooth_loss import smooth_loss
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When an image counts as defective; the released code's values."""
+
+    threshold: float = ANGLE_THRESHOLD  # standard deviations
+    kernel: int = 3  # side of the smoothing window; its half at the border never counts
+    least: int = 3  # defective patches that make an image defective
+    limit_layers: int = 10  # blocks that a defect may change: the one that shows it and those before
+
+
+class Hit(NamedTuple):
+    """Images that show defects first after the same block."""
+
+    block: int
+    first: int  # block from which gradients flow
+    images: Tensor  # (n,) int64 rows of the batch
+    tokens: Tensor  # (n, T, D) before block `first`
+    defective: int  # patches in all
+
+
+def patch_grid(backbone: VisionTransformer, tokens: Tensor, images: Tensor) -> Tensor:
+    """The patch tokens of (B, T, D) as (B, h, w, D)."""
+    rows, cols = (side // backbone.patch_size for side in images.shape[-2:])
+    prefix = 1 + backbone.cfg.num_register_tokens
+    return tokens[:, prefix:].unflatten(1, (rows, cols))
+
+
+def run_block(backbone: VisionTransformer, index: int, tokens: Tensor) -> Tensor:
+    """(B, T, D) through one block."""
+    batch, length, _ = tokens.shape
+    flat = backbone.blocks[index](tokens.flatten(0, 1), Layout((batch,), (length,)))
+    whole: Tensor = flat.unflatten(0, (batch, length))
+    return whole
+
+
+@torch.no_grad()
+def find_hits(
+    backbone: VisionTransformer, images: Tensor, directions: Sequence[Tensor], criterion: Criterion
+) -> list[Hit]:
+    """The forward stops for each image at the first block with enough defective patches (paper, section 3.3).
+
+    Each image's stream starts anew `limit_layers` blocks before its own hit: only there gradients may flow.
+
+    Args:
+        backbone: under repair.
+        images: (B, C, S, S').
+        directions: (D,) for each block.
+        criterion: what counts as defective.
+
+    Returns:
+        By rising block; empty where no image is defective.
+    """
+    tokens, rows = backbone.embed(images), torch.arange(len(images), device=images.device)
+    before: list[Tensor] = []  # inputs of the last blocks, of the images that go on
+    hits = []
+    for index, direction in enumerate(directions):
+        before = [*before, tokens][-criterion.limit_layers :]
+        tokens = run_block(backbone, index, tokens)
+        counts = _defective(backbone, tokens, images, direction, criterion)[1].sum(dim=(1, 2))
+        found = counts >= criterion.least
+        if found.any():
+            first = index - len(before) + 1
+            hits.append(Hit(index, first, rows[found], before[0][found], int(counts[found].sum())))
+            tokens, rows = tokens[~found], rows[~found]
+            before = [earlier[~found] for earlier in before]
+        if not len(rows):
+            break
+    return hits
+
+
+def hit_losses(
+    backbone: VisionTransformer,
+    images: Tensor,
+    hit: Hit,
+    directions: Sequence[Tensor],
+    criterion: Criterion,
+) -> Tensor:
+    """(n,) smooth losses of a hit's images, with gradients to the blocks from `first` to `block`."""
+    tokens = hit.tokens
+    for index in range(hit.first, hit.block + 1):
+        tokens = run_block(backbone, index, tokens)
+    cosines, defective = _defective(backbone, tokens.detach(), images, directions[hit.block], criterion)
+    return smooth_loss(patch_grid(backbone, tokens, images).float(), cosines, defective, criterion.kernel)
+
+
+def _defective(
+    backbone: VisionTransformer, tokens: Tensor, images: Tensor, direction: Tensor, criterion: Criterion
+) -> tuple[Tensor, Tensor]:
+    """|cos| to the direction and the patches that count as defective, both (B, h, w)."""
+    cosines = alignment(patch_grid(backbone, tokens, images).float(), direction)
+    return cosines, defective_by_angle(cosines, criterion.threshold, criterion.kernel // 2)

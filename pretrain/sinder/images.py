@@ -1,0 +1,86 @@
+"""Images for diagnosis and repair: of a folder or of shards, in a seeded order; damaged ones are counted."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.decode import decode
+from pretrain.data.inputs.listing import kind_of
+from pretrain.data.labelled import centre_crop, resize_shorter
+from pretrain.data.order import Permutation
+from pretrain.data.reader import Reader
+from pretrain.data.shards import list_shards
+from pretrain.errors import InputError
+from pretrain.seeding import stream_key
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB / 255: those of the released models
+
+
+class ImageSet:
+    """The images of a folder (and its sub-folders) or of tar shards, by position."""
+
+    def __init__(
+        self, source: str, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+    ) -> None:
+        """List them; nothing is decoded yet.
+
+        Args:
+            source: a folder of image files, or a pattern of shards as in `data.shards`.
+            size: pixels of the shorter side, and of the square cut from the centre.
+            mean: per channel, of pixel / 255; their number is that of the channels.
+            std: likewise.
+
+        Raises:
+            InputError: there is no image.
+        """
+        self.source, self.size = source, size
+        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.files: list[Path] = []
+        self.reader: Reader | None = None
+        if Path(source).is_dir():
+            self.files = sorted(path for path in Path(source).rglob("*") if kind_of(path) == "images")
+        else:
+            self.reader = Reader(list_shards([source], "--images"))
+        if not len(self):
+            raise InputError(f"--images: {source} holds no image")
+        self.damaged: list[str] = []  # a line each
+
+    def __len__(self) -> int:
+        """Number of images, damaged ones too."""
+        return sum(self.reader.sizes) if self.reader else len(self.files)
+
+    def read(self, index: int) -> Tensor | None:
+        """(C, size, size) float32 normalised, or None for a damaged image, which is noted."""
+        name = "?"
+        try:
+            name, content = self._content(index)
+            pixels = decode(content, channels=len(self.mean))
+            square = centre_crop(resize_shorter(pixels, self.size), self.size)
+        except (ValueError, OSError) as error:
+            self.damaged.append(f"{name}: {error}")
+            return None
+        image = torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1).float() / 255
+        return (image - self.mean) / self.std
+
+    def _content(self, index: int) -> tuple[str, bytes]:
+        if self.reader is None:
+            path = self.files[index]
+            return str(path), path.read_bytes()
+        for shard, size in enumerate(self.reader.sizes):
+            if index < size:
+                item = self.reader.read(shard, index)
+                return f"{item.shard}: {item.key}", item.image
+            index -= size
+        raise IndexError(index)
+
+    def batch(self, indices: Sequence[int]) -> Tensor | None:
+        """The undamaged ones of these images (B, C, size, size), or None where none is."""
+        found = [image for image in map(self.read, indices) if image is not None]
+        return torch.stack(found) if found else None
+
+    def shuffled(self, seed: int) -> Permutation:
+        """The order in which a repair sees them."""
+        return Permutation(len(self), stream_key(seed, "sinder", "images"))
