@@ -22,6 +22,7 @@ from pretrain.export.own import ENTRY, FORMAT, parse_description, what_it_is
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
+TORCH_FILE = "file of torch.save"
 MAX_HEADER = 100 << 20  # bytes of a safetensors header, the format's own limit
 
 
@@ -77,7 +78,7 @@ def _torch_file(path: Path, mapped: bool) -> Contents:
     tensors = dict(_flat(found, ""))
     if not tensors:
         raise InputError(f"{path}: holds no tensors, but a {type(found).__name__}")
-    return Contents("file of torch.save", tensors, _beside(path), str(path.with_suffix(".json")))
+    return Contents(TORCH_FILE, tensors, _beside(path), str(path.with_suffix(".json")))
 
 
 def _why(error: Exception) -> str:

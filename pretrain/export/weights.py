@@ -8,12 +8,12 @@ from torch import Tensor
 
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
-from pretrain.export.files import Contents
+from pretrain.export.files import TORCH_FILE, Contents
 from pretrain.export.folders import open_weights
 from pretrain.export.model_configs import settings_of
 from pretrain.export.own import described_model
 from pretrain.surgery.architecture import Settings
-from pretrain.surgery.conversion import Change, read_backbone
+from pretrain.surgery.conversion import Change, Form, read_backbone
 from pretrain.surgery.inspection import first_not_finite
 from pretrain.surgery.progress import Stage, silent, size
 
@@ -27,6 +27,7 @@ class Weights:
     path: Path
     kind: str  # of the file, in words
     layout: str  # of the names, in words
+    form: Form  # in which to write them again
     state: dict[str, Tensor]
     model: ModelConfig
     about: dict[str, Any]  # origin, as far as the file says
@@ -68,7 +69,22 @@ def read_weights(
         raise InputError(f"{path}: {error}{hint}") from error
     if branch or _is_own(path):
         about = {**about, "branch": branch or "teacher"}
-    return Weights(path, contents.kind, found.layout, found.state, found.model, about, found.changes)
+    return Weights(
+        path,
+        contents.kind,
+        found.layout,
+        _form(contents, found.form),
+        found.state,
+        found.model,
+        about,
+        found.changes,
+    )
+
+
+def _form(contents: Contents, found: Form) -> Form:
+    """DINOv2's names with our description, or in one of our checkpoints, are our own format."""
+    ours = found.target == "dinov2" and bool(contents.description) and contents.kind != TORCH_FILE
+    return Form("ours") if ours else found
 
 
 def _is_own(path: Path) -> bool:

@@ -21,6 +21,7 @@ class Criterion:
     kernel: int = 3  # side of the smoothing window; its half at the border never counts
     least: int = 3  # defective patches that make an image defective
     limit_layers: int = 10  # blocks that a defect may change: the one that shows it and those before
+    first_block: int = 0  # before it, what stands out is no defect: the criterion is relative
 
 
 class Hit(NamedTuple):
@@ -72,7 +73,7 @@ def find_hits(
         before = [*before, tokens][-criterion.limit_layers :]
         tokens = run_block(backbone, index, tokens)
         counts = _defective(backbone, tokens, images, direction, criterion)[1].sum(dim=(1, 2))
-        found = counts >= criterion.least
+        found = (counts >= criterion.least) & (index >= criterion.first_block)
         if found.any():
             first = index - len(before) + 1
             hits.append(Hit(index, first, rows[found], before[0][found], int(counts[found].sum())))

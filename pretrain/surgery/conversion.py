@@ -14,6 +14,7 @@ from pretrain.errors import InputError
 from pretrain.surgery.architecture import Settings, check_complete, infer_model, listed, shapes
 from pretrain.surgery.folding import fold_class_position, unfold_class_position
 from pretrain.surgery.layouts import (
+    DEFAULT_CHUNKS,
     DINOV2,
     DINOV2_SPLIT,
     HUGGING_FACE,
@@ -39,12 +40,22 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Form:
+    """A format with its variants: what `write_layout` needs to write a backbone as it was found."""
+
+    target: Target
+    chunks: int = DEFAULT_CHUNKS
+    split_swiglu: bool = False
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A backbone in our form, and what was found out about its source."""
 
     state: dict[str, Tensor]
     model: ModelConfig
     layout: str  # of the source, with its prefix and chunks
+    form: Form  # of the source
     changes: tuple[Change, ...] = ()
 
 
@@ -80,7 +91,7 @@ def read_backbone(
         why = "no part of a backbone"
         changes.append(Change("lost", f"{len(unused)} tensors: {listed(unused)}", why))
     changes += [Change("left out", part, f"{n} tensors of pretraining") for part, n in found.left_out.items()]
-    return Backbone(filled, model, _title(found), tuple(changes))
+    return Backbone(filled, model, _title(found), _form(found), tuple(changes))
 
 
 def write_layout(
@@ -232,6 +243,15 @@ def _missing_scales(state: State, model: ModelConfig) -> Mapping[str, Tensor]:
     shape = vit_shape(model)
     ones = torch.ones(shape.embed_dim, dtype=state["norm.weight"].dtype)
     return {name: ones.clone() for block in range(shape.depth) for name in _scales(block)}
+
+
+def _form(found: Found) -> Form:
+    if found.layout is TIMM:
+        return Form("timm")
+    if found.layout not in (DINOV2, DINOV2_SPLIT):
+        return Form("huggingface")
+    target: Target = "dinov2-chunked" if found.chunks else "dinov2"
+    return Form(target, found.chunks or DEFAULT_CHUNKS, found.layout is DINOV2_SPLIT)
 
 
 def _title(found: Found) -> str:

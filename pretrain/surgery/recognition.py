@@ -35,7 +35,7 @@ class Found:
     state: dict[str, Tensor]  # prefix and chunks removed
     layout: Layout
     prefix: str
-    chunks: bool  # whether block names had a chunk number
+    chunks: int  # number of block chunks; 0 = block names had no chunk number
     left_out: dict[str, int]  # parts of a training checkpoint: number of tensors
     others: list[str]  # names that belong to nothing known
 
@@ -53,15 +53,22 @@ def find_backbone(state: State, branch: str | None) -> Found:
     prefix = _choose(_prefixes(state), branch, state)
     inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     outside = [name for name in state if not name.startswith(prefix)]
-    has_chunks = any(map(CHUNKED.fullmatch, inside))
-    inside = unchunked(inside) if has_chunks else inside
+    chunks = _chunks(inside)
+    inside = unchunked(inside) if chunks else inside
     layout = _layout(inside)
     whole = bool({"student", "teacher"} & set(prefix.split(".")))  # so everything else is of the training
     training = [name for name in inside if PRETRAINING.fullmatch(name)]
     training += [name for name in outside if whole or PRETRAINING.fullmatch(name)]
     state = {name: tensor for name, tensor in inside.items() if not PRETRAINING.fullmatch(name)}
     others = [name for name in outside if name not in training]
-    return Found(state, layout, prefix, has_chunks, dict(Counter(map(_part, training))), others)
+    return Found(state, layout, prefix, chunks, dict(Counter(map(_part, training))), others)
+
+
+def _chunks(state: State) -> int:
+    """Number of chunks, as `chunked` counts them: a rest is not one."""
+    blocks = {match[1]: match[0] for match in map(CHUNKED.fullmatch, state) if match}
+    first = sum(name.startswith("blocks.0.") for name in blocks.values())
+    return len(blocks) // first if first else 0
 
 
 def _prefixes(state: State) -> list[str]:

@@ -10,7 +10,7 @@ from pretrain.errors import InputError
 from pretrain.export import read_export, write_export
 from pretrain.export.transform import Order, convert
 from pretrain.export.weights import read_weights
-from pretrain.surgery.conversion import Target, read_backbone, write_layout
+from pretrain.surgery.conversion import Form, Target, read_backbone, write_layout
 from pretrain.surgery.layouts import HUGGING_FACE_MODULES, from_ours
 from tests.golden_files import load, relative_error, section
 from tests.surgery.backbones import MODELS, equal, features, images_for, place, random_state
@@ -82,6 +82,7 @@ def test_weights_alone_tell_the_architecture(target, name):
     model = MODELS[name]
     state = random_state(model)
     found = read_backbone(write_layout(state, model, target, chunks=2))
+    assert found.form == Form("dinov2" if target == "ours" else target, 2 if "chunked" in target else 4)
     convention = {"pos_embed_antialias": model.num_register_tokens > 0}
     convention["pos_embed_offset"] = 0.0 if model.num_register_tokens else 0.1
     always_scaled = target == "huggingface" and model.layer_scale is None
