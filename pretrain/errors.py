@@ -11,3 +11,8 @@ class TrainingError(RuntimeError):
 
 class LostPeerError(TrainingError):
     """Another rank has ended without a word, or does not answer: a consequence of the failure."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a line: its first line, or its kind where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

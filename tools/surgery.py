@@ -11,6 +11,7 @@ models differ, 2 wrong input. docs/surgery.md shows every verb at work.
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 
 from pretrain.command_line import Parser, exit_status
+from pretrain.errors import InputError
 from pretrain.export.examine import diff, inspect, verify
 from pretrain.export.tables import (
     architecture_line,
@@ -91,9 +93,8 @@ def _verb(verbs: Any, name: str, run: Verb, text: str, source: str = "FILE") -> 
     verb.set_defaults(run=run)
     if source:
         verb.add_argument("source", metavar=source, type=Path, help="a file or folder of any known format")
-    verb.add_argument(
-        "--branch", choices=["teacher", "student"], help="where a source has both; default: teacher"
-    )
+    if name != "extract":
+        verb.add_argument("--branch", metavar="NAME", help="student, teacher (the default), model_ema, ...")
     verb.add_argument("--num-heads", type=int, help="attention heads, where the source does not tell")
     verb.add_argument("--offset", type=float, help="of position interpolation: 0.1, or 0 with registers")
     verb.add_argument("--antialias", choices=["true", "false"], help="of position interpolation")
@@ -127,7 +128,7 @@ def _add_looks(verbs: Any) -> None:
         verb.add_argument("a", metavar="A", type=Path)
         verb.add_argument("b", metavar="B", type=Path)
         verb.add_argument(
-            "--tolerance", type=float, default=tolerance, help=f"relative; default {tolerance:g}"
+            "--tolerance", type=_tolerance, default=tolerance, help=f"relative; default {tolerance:g}"
         )
         verb.add_argument("--json", action="store_true", help="print JSON")
 
@@ -135,7 +136,7 @@ def _add_looks(verbs: Any) -> None:
 def _add_changes(verbs: Any) -> None:
     verb = _writing(verbs, "convert", run_convert, "Write a backbone in another format.")
     verb.add_argument("--to", choices=get_args(Target), required=True, help="huggingface and timm: a folder")
-    verb.add_argument("--chunks", type=int, default=DEFAULT_CHUNKS, help="of dinov2-chunked; default 4")
+    verb.add_argument("--chunks", type=int, help=f"of dinov2-chunked; default {DEFAULT_CHUNKS}")
     verb.add_argument("--split-swiglu", action="store_true", help="dinov2: w1 and w2 instead of w12")
     verb = _writing(verbs, "interpolate", run_interpolate, "Learned positions for another image size.")
     verb.add_argument("--image-size", type=_size, required=True, metavar="PX or HxW")
@@ -174,6 +175,13 @@ def _size(text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size like 518 or 224x448")
     return int(parts[0]), int(parts[-1])
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
 
 
 def _floats(text: str) -> list[float]:
@@ -249,7 +257,12 @@ def run_verify(options: argparse.Namespace) -> int:
 
 def run_convert(options: argparse.Namespace) -> int:
     """Another format."""
-    done = convert(options.source, options.to, _order(options), options.chunks, options.split_swiglu)
+    if options.chunks is not None and options.to != "dinov2-chunked":
+        raise InputError("--chunks: only for --to dinov2-chunked")
+    if options.split_swiglu and not options.to.startswith("dinov2"):
+        raise InputError("--split-swiglu: only for --to dinov2 and dinov2-chunked")
+    chunks = DEFAULT_CHUNKS if options.chunks is None else options.chunks
+    done = convert(options.source, options.to, _order(options), chunks, options.split_swiglu)
     return _report(options, done)
 
 
@@ -295,7 +308,8 @@ def run_extract(options: argparse.Namespace) -> int:
 
 def run_consolidate(options: argparse.Namespace) -> int:
     """One file of a sharded checkpoint."""
-    print(f"{options.out}: {consolidate(options.source, _order(options))} tensors of {options.source}")
+    order = Order(options.out, sys.argv[1:], force=options.force, stage=_stage)
+    print(f"{options.out}: {consolidate(options.source, order)} tensors of {options.source}")
     return 0
 
 

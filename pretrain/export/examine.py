@@ -1,6 +1,5 @@
 """Looks at files of weights without changing them: one alone, or two against each other."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,5 +142,5 @@ def verify(a: Weights, b: Weights) -> Verdict:
 
 
 def worst(rows: Sequence[TensorDifference], number: int) -> list[TensorDifference]:
-    """The tensors that differ most, those that are not numbers first."""
-    return sorted(rows, key=lambda row: -math.inf if math.isnan(row.relative) else -row.relative)[:number]
+    """The tensors that differ most."""
+    return sorted(rows, key=lambda row: -row.relative)[:number]

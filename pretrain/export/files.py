@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.errors import InputError
+from pretrain.errors import InputError, first_line
 from pretrain.export.own import ENTRY, FORMAT, parse_description, what_it_is
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
@@ -71,11 +72,15 @@ def _safetensors_file(path: Path) -> Contents:
 
 def _torch_file(path: Path, mapped: bool) -> Contents:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an archive of TorchScript is refused, not warned of
             found = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # a damaged file fails in whichever way its bytes lead to
         raise InputError(f"{path}: {_why(error)}") from error
-    tensors = dict(_flat(found, ""))
+    try:
+        tensors = dict(_flat(found, ""))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     if not tensors:
         raise InputError(f"{path}: holds no tensors, but a {type(found).__name__}")
     return Contents(TORCH_FILE, tensors, _beside(path), str(path.with_suffix(".json")))
@@ -93,17 +98,14 @@ def _why(error: Exception) -> str:
             "where it was made"
         )
     if isinstance(error, pickle.UnpicklingError):
-        return f"a pickle that is no state dict ({_first_line(error)})"
-    return f"cut short or damaged ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        return f"a pickle that is no state dict ({first_line(error)})"
+    return f"cut short, damaged or no state dict ({first_line(error)})"
 
 
 def _flat(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested dicts and lists; everything else is left."""
     if isinstance(value, Tensor):
+        _check_plain(prefix, value)
         yield prefix, value.detach()
     elif isinstance(value, Mapping):
         for key, inner in value.items():
@@ -113,12 +115,20 @@ def _flat(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield from _flat(inner, f"{prefix}.{index}" if prefix else str(index))
 
 
+def _check_plain(name: str, tensor: Tensor) -> None:
+    """Refuse what is no array of numbers in memory."""
+    odd = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta
+    if odd or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise InputError(f"{name} is no plain tensor (sparse, quantized, without data, or repeated)")
+
+
 def _beside(path: Path) -> dict[str, Any]:
     """The description that we write beside a .pth file."""
     beside = path.with_suffix(".json")
     try:
         found = json.loads(beside.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     ours = isinstance(found, dict) and found.get("format") == FORMAT
+    ours = ours and found.get("bytes") == path.stat().st_size  # else it belongs to another file of that name
     return parse_description(beside, {ENTRY: json.dumps(found)}) if ours else {}

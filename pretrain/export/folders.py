@@ -10,12 +10,12 @@ from torch import Tensor
 from pretrain.config.load import load_config
 from pretrain.errors import InputError
 from pretrain.export.files import Contents, open_file
+from pretrain.export.model_configs import CONFIG
 from pretrain.export.own import FORMAT, description_text
 from pretrain.run.checkpoint import read_document
 from pretrain.run.checkpoint_folder import newest_checkpoint, require_complete
 from pretrain.surgery.consolidate import is_deepspeed, read_deepspeed, read_sharded
 
-CONFIG = "config.json"
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -79,7 +79,9 @@ def _model_folder(path: Path) -> Contents:
 
 def _indexed(index: Path) -> Contents:
     """Hugging Face's weights in several files."""
-    files = _config(index).get("weight_map", {})
+    files = _config(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise InputError(f"{index}: its weight_map does not give a file for each tensor")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
         if Path(name).name != name:
@@ -88,14 +90,14 @@ def _indexed(index: Path) -> Contents:
     missing = sorted(set(files) - set(tensors))
     if missing:
         raise InputError(f"{index}: lists {len(missing)} tensors that no file holds, as {missing[0]}")
-    return Contents("safetensors files", tensors)
+    return Contents("several files", tensors)
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: is not a JSON object")
-    return found if found.get("format") != FORMAT else {}
+    return found if found.get("format") != FORMAT else {}  # the note beside an export named `config`

@@ -1,6 +1,7 @@
 """The config.json of model folders, Hugging Face's and timm's: written from our model section, and read."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,11 @@ IMAGENET_MEAN, IMAGENET_STD = (
     [0.229, 0.224, 0.225],
 )  # of RGB / 255, the recipes' default
 PLAIN, REGISTERS = "dinov2", "dinov2_with_registers"  # Hugging Face's model types
+CONFIG = "config.json"
+TIMM_ARGUMENTS = {  # that change no mathematics beyond what weights and settings tell
+    *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values"),
+    *("num_classes", "reg_tokens", "no_embed_class", "dynamic_img_size"),
+}
 TIMM_SIZES = {"small": 384, "base": 768, "large": 1024, "giant": 1536}  # timm's name and width
 
 
@@ -127,21 +133,49 @@ def timm_arguments(model: ModelConfig) -> dict[str, Any]:
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """What a config.json says that weights do not.
+    """What a config.json says that weights do not, after a look at what it says about the computation.
 
     Raises:
-        InputError: it is of another model than DINOv2's.
+        InputError: it is of another model than DINOv2's, or of one that computes something else.
     """
     if "model_type" in config:
-        kind = config["model_type"]
-        if kind not in (PLAIN, REGISTERS):
-            raise InputError(f"a Hugging Face model of type {kind!r}; {PLAIN} and {REGISTERS} are supported")
-        heads = config.get("num_attention_heads")
-        return Settings(heads if isinstance(heads, int) else None, 0.0, kind == REGISTERS)
+        return _hugging_face_settings(config)
     if "architecture" in config:
-        arguments = config.get("model_args", {})
-        patch, size = arguments.get("patch_size"), arguments.get("img_size")
-        known = isinstance(patch, int) and isinstance(size, list) and len(size) == 2
-        grid = (size[0] // patch, size[1] // patch) if known else None
-        return Settings(arguments.get("num_heads"), 0.0, True, grid)
+        return _timm_settings(config)
     return Settings()
+
+
+def _hugging_face_settings(config: Mapping[str, Any]) -> Settings:
+    kind, heads = config["model_type"], config.get("num_attention_heads")
+    if kind not in (PLAIN, REGISTERS):
+        raise InputError(f"a Hugging Face model of type {kind!r}; {PLAIN} and {REGISTERS} are supported")
+    wanted = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "quantization_config": None}
+    for key, value in wanted.items():
+        if config.get(key, value) != value:
+            raise InputError(f"{CONFIG}: {key}={config[key]!r}; only {value!r} is supported")
+    if "num_attention_heads" in config and (isinstance(heads, bool) or not isinstance(heads, int)):
+        raise InputError(f"{CONFIG}: num_attention_heads={heads!r} is no number")
+    return Settings(heads, 0.0, kind == REGISTERS)
+
+
+def _timm_settings(config: Mapping[str, Any]) -> Settings:
+    name, arguments = config["architecture"], config.get("model_args", {})
+    if not isinstance(name, str) or not re.fullmatch(r"vit_\w+dinov2", name):
+        raise InputError(f"{CONFIG}: architecture={name!r}; timm's vit_*_dinov2 are supported")
+    if not isinstance(arguments, dict):
+        raise InputError(f"{CONFIG}: model_args={arguments!r} is no JSON object")
+    unknown = sorted(set(arguments) - TIMM_ARGUMENTS)
+    if unknown:
+        raise InputError(f"{CONFIG}: model_args.{unknown[0]} is not known here: features could differ")
+    patch, size, heads = (arguments.get(key) for key in ("patch_size", "img_size", "num_heads"))
+    if heads is not None and (isinstance(heads, bool) or not isinstance(heads, int)):
+        raise InputError(f"{CONFIG}: model_args.num_heads={heads!r} is no number")
+    return Settings(heads, 0.0, True, _timm_grid(patch, size))
+
+
+def _timm_grid(patch: object, size: object) -> tuple[int, int] | None:
+    """Rows and columns, where both are given as whole numbers."""
+    sides = [side for side in size if type(side) is int] if isinstance(size, list) else []
+    if type(patch) is not int or patch < 1 or len(sides) != 2:
+        return None
+    return sides[0] // patch, sides[1] // patch

@@ -6,8 +6,8 @@ programs the weights can be a `.pth` file, a plain state dict, which `weights.py
 """
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.config.schema import ModelConfig
-from pretrain.errors import InputError
-from pretrain.run.durable import publish, write_text
+from pretrain.errors import InputError, first_line
+from pretrain.run.durable import publish
+from pretrain.surgery.architecture import check_section
 
 FORMAT = "pretrain-export-1"
+CHECKPOINT_FORMAT = "pretrain-checkpoint-1"  # every tensor of a checkpoint; not a backbone alone
 ENTRY = "pretrain"  # our entry in the safetensors metadata
 
 
@@ -49,11 +51,16 @@ def write_export(
     """
     check_name(path)
     text = description_text(model, about)
-    write_tensors(path, state, {ENTRY: text})
-    try:
-        write_text(path.with_suffix(".json"), text + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: its description cannot be written ({error})") from error
+    with _written(path, state, {ENTRY: text}) as temporary:
+        beside, size = path.with_suffix(".json"), temporary.stat().st_size
+        document = {**json.loads(text), "bytes": size}  # of the weights: it belongs to no other file
+        note = beside.with_name(beside.name + ".tmp")
+        try:
+            note.write_text(json.dumps(document, indent=1) + "\n")
+            publish(temporary, path)
+            publish(note, beside)
+        finally:
+            note.unlink(missing_ok=True)
     return path
 
 
@@ -63,6 +70,13 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     Raises:
         InputError: it cannot be written; what was there stays.
     """
+    with _written(path, state, metadata) as temporary:
+        publish(temporary, path)
+
+
+@contextmanager
+def _written(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Path]:
+    """The finished file under a temporary name, which is gone afterwards; failures name the final one."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,17 +84,18 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
             torch.save(separate(state), temporary)
         else:
             save_file(separate(state), temporary, metadata={"format": "pt", **metadata})
-        publish(temporary, path)
+        yield temporary
     except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer: a RuntimeError
+        raise InputError(f"{path}: the export cannot be written ({error})") from error
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: the export cannot be written ({error})") from error
 
 
-def description_text(model: ModelConfig, about: Mapping[str, Any]) -> str:
+def description_text(model: ModelConfig, about: Mapping[str, Any], form: str = FORMAT) -> str:
     """How to build the model: what travels with weights, inside a safetensors file or beside a file."""
     section = asdict(replace(model, init_from=""))
-    return json.dumps({"format": FORMAT, "model": section, "about": dict(about)}, indent=1)
+    return json.dumps({"format": form, "model": section, "about": dict(about)}, indent=1)
 
 
 def check_name(path: Path) -> None:
@@ -107,6 +122,10 @@ def read_export(path: Path) -> Export:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: {what_it_is(path, error)}") from error
+    if description["format"] != FORMAT:
+        raise InputError(
+            f"{path}: a whole checkpoint; python tools/surgery.py extract teacher FILE --out NEW"
+        )
     return Export(state, described_model(path, description.get("model")), dict(description.get("about", {})))
 
 
@@ -139,11 +158,14 @@ def parse_description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
         )
     try:
         description = json.loads(metadata[ENTRY])
-        form = description["format"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: the description of its model is damaged ({error})") from error
-    if form != FORMAT:
+        form, about = description["format"], description.get("about", {})
+        known = isinstance(about, dict) and isinstance(about.get("provenance", []), list)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: the description of its model is damaged ({first_line(error)})") from error
+    if form not in (FORMAT, CHECKPOINT_FORMAT):
         raise InputError(f"{path}: has the format {form!r}; this version reads {FORMAT!r}")
+    if not known:
+        raise InputError(f"{path}: the description of its model is damaged (`about` is no object)")
     return cast(dict[str, Any], description)
 
 
@@ -155,7 +177,11 @@ def described_model(path: Path, section: object) -> ModelConfig:
     """
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), cast(dict[str, Any], section))
-        return cast(ModelConfig, OmegaConf.to_object(merged))
+        model = cast(ModelConfig, OmegaConf.to_object(merged))
+        check_section(model)
+        return model
+    except InputError as error:
+        raise InputError(f"{path}: its model section is impossible: {error}") from error
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: its model section does not fit this version ({reason})") from error

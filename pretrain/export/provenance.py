@@ -21,6 +21,7 @@ def with_entry(
     arguments: Sequence[str],
     sources: Sequence[Path],
     stage: Stage = silent,
+    origins: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What is known of the source's origin, and this step after it.
 
@@ -30,16 +31,25 @@ def with_entry(
         arguments: its command line.
         sources: files or folders that were read.
         stage: tells how far the hashing is.
+        origins: what is known of each source, where `about` is not that of the only one.
     """
     advance = stage("hashing the source", sum(map(size, sources)))
-    entry = {
+    entry: dict[str, Any] = {
         "tool": tool,
         "version": version("pretrain"),
         "revision": _revision(),
         "arguments": list(arguments),
         "sources": [{"path": str(path), "sha256": sha256(path, advance)} for path in sources],
     }
+    for source, origin in zip(entry["sources"], origins, strict=bool(origins)):
+        source["about"] = dict(origin)
     return {**about, KEY: [*about.get(KEY, []), entry]}
+
+
+def common(abouts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several origins say alike; their lists of tools stay with each."""
+    first = {key: value for key, value in abouts[0].items() if key != KEY}
+    return {key: value for key, value in first.items() if all(a.get(key) == value for a in abouts)}
 
 
 @cache

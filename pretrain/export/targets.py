@@ -2,8 +2,8 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
-from pretrain.export.folders import CONFIG, WEIGHTS
-from pretrain.export.model_configs import hugging_face_config, image_processor, timm_config
+from pretrain.export.folders import WEIGHTS
+from pretrain.export.model_configs import CONFIG, hugging_face_config, image_processor, timm_config
 from pretrain.export.own import ENTRY, check_name, description_text, separate, write_export
 from pretrain.run.durable import sync
 from pretrain.surgery.conversion import Target, write_layout
@@ -38,10 +38,11 @@ def check_free(path: Path, target: Target, force: bool) -> None:
             raise InputError(f"--out {path}: --to {target} writes a {wanted} file; name it so")
     beside = [] if target in FOLDERS else [path.with_suffix(".json")]
     for taken in (path, *beside):
-        if taken.exists() and not force:
+        if (taken.exists() or taken.is_symlink()) and not force:
             raise InputError(f"--out {taken}: exists; choose another name, or replace it with --force")
-    if path.is_dir() and target not in FOLDERS:
-        raise InputError(f"--out {path}: is a folder, --to {target} writes a file; choose another name")
+    for file in (path, *beside) if target not in FOLDERS else ():
+        if file.is_dir():
+            raise InputError(f"--out {file}: is a folder, a file is to be written; choose another name")
     if path.exists() and target in FOLDERS:
         _check_replaceable(path)
 
@@ -99,25 +100,37 @@ def _write_folder(
     about: Mapping[str, Any],
     documents: Mapping[str, Mapping[str, Any]],
 ) -> Path:
-    temporary, replaced = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    path = path.resolve()  # what a link leads to is written, not the link
+    work: Path | None = None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary, replaced = work / "new", work / "old"
+        temporary.mkdir()
         metadata = {"format": "pt", ENTRY: description_text(model, about)}
         save_file(separate(named), temporary / WEIGHTS[0], metadata=metadata)
         for name, document in documents.items():
             (temporary / name).write_text(json.dumps(document, indent=2) + "\n")
         for file in [*temporary.iterdir(), temporary]:
             sync(file)
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _exchange(temporary, path, replaced)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
         raise InputError(f"{path}: cannot be written ({error})") from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
     return path
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Put a folder in the place of another, or leave that one there."""
+    if not path.exists():
+        new.rename(path)
+        return
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,12 +11,20 @@ from torch import Tensor
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
 from pretrain.export.folders import open_weights
-from pretrain.export.own import check_name, described_model, write_export, write_tensors
-from pretrain.export.provenance import with_entry
+from pretrain.export.own import (
+    CHECKPOINT_FORMAT,
+    ENTRY,
+    check_name,
+    described_model,
+    description_text,
+    write_export,
+    write_tensors,
+)
+from pretrain.export.provenance import common, with_entry
 from pretrain.export.targets import check_free, write_weights
 from pretrain.export.weights import Weights, read_weights
 from pretrain.surgery.architecture import Settings
-from pretrain.surgery.combine import average, cast
+from pretrain.surgery.combine import average, cast, vanished
 from pretrain.surgery.compare import model_differences
 from pretrain.surgery.conversion import Change, Target, losses
 from pretrain.surgery.layouts import DEFAULT_CHUNKS, State
@@ -57,8 +65,11 @@ def transform(source: Path, operation: Operation, order: Order) -> Written:
     _check_out(order)
     weights = _read(source, order)
     state, model = operation(weights.state, weights.model)
-    write_export(order.out, state, model, _about(weights, [source], order))
-    return Written(model, len(state), weights.changes)
+    changes = (*weights.changes, *losses(state, model, _target(order)))
+    write_export(
+        order.out, state, model, with_entry(weights.about, TOOL, order.arguments, [source], order.stage)
+    )
+    return Written(model, len(state), changes)
 
 
 def convert(
@@ -73,7 +84,7 @@ def convert(
     weights = _read(source, order)
     changes = (*weights.changes, *losses(weights.state, weights.model, target))
     _permit(source, changes, order.allow_loss)
-    about = _about(weights, [source], order)
+    about = with_entry(weights.about, TOOL, order.arguments, [source], order.stage)
     write_weights(order.out, target, weights.state, weights.model, about, chunks, split_swiglu)
     return Written(weights.model, len(weights.state), changes)
 
@@ -103,8 +114,11 @@ def combine(
         raise InputError(f"the oldest file comes first, these are of the steps {steps}")
     advance = order.stage("averaging", size(read[0].state))
     state = average([weights.state for weights in read], shares, advance)
-    write_export(order.out, state, read[0].model, _about(read[0], sources, order))
-    return Written(read[0].model, len(state), read[0].changes)
+    abouts = [weights.about for weights in read]
+    about = with_entry(common(abouts), TOOL, order.arguments, sources, order.stage, abouts)
+    write_export(order.out, state, read[0].model, about)
+    changes = [replace(c, what=f"{w.path}: {c.what}") for w in read for c in w.changes]
+    return Written(read[0].model, len(state), tuple(changes))
 
 
 def recast(source: Path, dtype: torch.dtype, order: Order) -> Written:
@@ -114,10 +128,19 @@ def recast(source: Path, dtype: torch.dtype, order: Order) -> Written:
         InputError: as `transform`, or a value is too large for the type.
     """
 
-    def operation(state: State, model: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
-        return cast(state, dtype, order.stage("casting", size(state))), model
+    zeros = 0
 
-    return transform(source, operation, order)
+    def operation(state: State, model: ModelConfig) -> tuple[dict[str, Tensor], ModelConfig]:
+        nonlocal zeros
+        result = cast(state, dtype, order.stage("casting", size(state)))
+        zeros = vanished(state, result)
+        return result, model
+
+    done = transform(source, operation, order)
+    if not zeros:
+        return done
+    lost = Change("setting", f"{zeros} values became 0", "they are too small for the type")
+    return replace(done, changes=(*done.changes, lost))
 
 
 def consolidate(source: Path, order: Order) -> int:
@@ -135,19 +158,25 @@ def consolidate(source: Path, order: Order) -> int:
     if not source.is_dir():
         raise InputError(f"{source}: is not a folder; consolidate takes a sharded checkpoint")
     contents = open_weights(source)
+    if contents.config:
+        raise InputError(f"{source}: is a model folder; consolidate takes a sharded checkpoint")
     about = with_entry(contents.description.get("about", {}), TOOL, order.arguments, [source], order.stage)
     if "model" in contents.description:
-        write_export(
-            order.out, contents.tensors, described_model(source, contents.description["model"]), about
-        )
+        model = described_model(source, contents.description["model"])
+        text = description_text(model, about, CHECKPOINT_FORMAT)
     else:
-        write_tensors(order.out, contents.tensors, {"about": json.dumps(about)})
+        text = json.dumps({"format": CHECKPOINT_FORMAT, "about": about})
+    write_tensors(order.out, contents.tensors, {ENTRY: text})
     return len(contents.tensors)
+
+
+def _target(order: Order) -> Target:
+    return "dinov2" if order.out.suffix == ".pth" else "ours"
 
 
 def _check_out(order: Order) -> None:
     check_name(order.out)
-    check_free(order.out, "ours" if order.out.suffix == ".safetensors" else "dinov2", order.force)
+    check_free(order.out, _target(order), order.force)
 
 
 def _read(source: Path, order: Order) -> Weights:
@@ -161,7 +190,3 @@ def _permit(source: Path, changes: Sequence[Change], allowed: bool) -> None:
     if lost and not allowed:
         text = "; ".join(f"{change.what} ({change.why})" for change in lost)
         raise InputError(f"{source}: would be lost: {text}. If that is meant: --allow-loss")
-
-
-def _about(weights: Weights, sources: Sequence[Path], order: Order) -> dict[str, object]:
-    return with_entry(weights.about, TOOL, order.arguments, sources, order.stage)

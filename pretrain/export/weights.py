@@ -93,7 +93,8 @@ def _is_own(path: Path) -> bool:
 
 def _settings(contents: Contents, given: Settings | None) -> Settings:
     """What the user says, then what a config.json says; our own description is more exact than that."""
-    found = Settings() if contents.description else settings_of(contents.config)
+    said_by_config = settings_of(contents.config)  # looked at in any case: it may say something impossible
+    found = Settings() if "model" in contents.description else said_by_config
     if given is None:
         return found
     said = {name: value for name, value in vars(given).items() if value is not None}

@@ -5,7 +5,7 @@ the plain classes that describe tensors may appear in it.
 """
 
 import pickle
-from pathlib import PosixPath
+from pathlib import Path, PosixPath
 from typing import Any, ClassVar
 
 import torch
@@ -61,8 +61,11 @@ class SafeReader(FileSystemReader):
         path = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(path, "rb") as file:
             found = _Unpickler(file).load()
-        if not isinstance(found, Metadata):
+        if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
             raise UnsafeMetadataError(f"it holds a {type(found).__name__} instead of DCP's metadata")
+        for place in (found.storage_data or {}).values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise UnsafeMetadataError(f"it names the file {place.relative_path!r} outside of the folder")
         found.storage_meta = found.storage_meta or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found

@@ -61,11 +61,15 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     Raises:
         InputError: a file is missing or damaged.
     """
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    entries = {
+        name: entry
         for name, entry in _entries(folder).items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
+    for name, entry in entries.items():
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise _damaged(folder, ValueError(f"{name} is not stored whole"))
+    tensors = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items()}
     load_tensors(folder, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

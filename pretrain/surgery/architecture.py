@@ -3,11 +3,12 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, Literal
 
 import torch
 
-from pretrain.config.derived import ARCHITECTURES, ffn_hidden_dim
+from pretrain.config.derived import ARCHITECTURES, ffn_hidden_dim, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
 from pretrain.models.vit import VisionTransformer
@@ -15,6 +16,7 @@ from pretrain.surgery.layouts import Layout, State
 
 HEAD_DIM = 64  # of every released model
 SHOWN = 3  # names in an error line
+LARGEST = 100_000  # of any size: beyond it a section is damaged
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,24 @@ def infer_model(state: State, layout: Layout, settings: Settings) -> ModelConfig
         InputError: it is no backbone of this kind, or one that the model section cannot describe.
     """
 
-    def shape(ours: str) -> tuple[int, ...]:
+    def shape(ours: str, dimensions: int) -> tuple[int, ...]:
         part, *others = layout.names(ours)
         if part not in state:
             raise InputError(f"the tensor {part} is missing; is the file complete?")
-        first, *rest = state[part].shape
-        return (first * (1 + len(others)), *rest)
+        found = tuple(state[part].shape)
+        if len(found) != dimensions or 0 in found:
+            raise InputError(f"{part} is {found}: not a tensor of {dimensions} dimensions")
+        return (found[0] * (1 + len(others)), *found[1:])
 
-    dim, channels, patch, width = shape("patch_embed.proj.weight")
+    dim, channels, patch, width = shape("patch_embed.proj.weight", 4)
     if patch != width:
         raise InputError(f"patches of {patch} x {width} px; only square patches are supported")
-    tokens = shape("pos_embed")[1] - 1
+    tokens = shape("pos_embed", 3)[1] - 1
     rows, columns = settings.grid or _square(tokens)
-    registers = shape("register_tokens")[1] if layout.names("register_tokens")[0] in state else 0
-    heads = settings.num_heads or _conventional_heads(dim)
+    registers = shape("register_tokens", 3)[1] if layout.names("register_tokens")[0] in state else 0
+    heads = _conventional_heads(dim) if settings.num_heads is None else settings.num_heads
     offset, antialias = settings.pos_embed_offset, settings.pos_embed_antialias
+    conventional = layout.interpolation or ((0.0, True) if registers else (0.1, False))
     depth = _depth(state, layout)
     model = ModelConfig(
         patch_size=patch,
@@ -69,12 +74,47 @@ def infer_model(state: State, layout: Layout, settings: Settings) -> ModelConfig
         num_register_tokens=registers,
         layer_scale=1.0 if layout.names("blocks.0.ls1.gamma")[0] in state else None,
         drop_path_rate=0.0,
-        pos_embed_offset=offset if offset is not None else 0.0 if registers else 0.1,
-        pos_embed_antialias=antialias if antialias is not None else registers > 0,
+        pos_embed_offset=offset if offset is not None else conventional[0],
+        pos_embed_antialias=antialias if antialias is not None else conventional[1],
         **_named(dim, depth, heads),
     )
     kind, hidden = _ffn(shape, state, layout)
-    return _with_ffn(model, dim, kind, hidden)
+    model = _with_ffn(model, dim, kind, hidden)
+    check_section(model)
+    return model
+
+
+def check_section(model: ModelConfig) -> None:
+    """Refuse a model section that describes no model.
+
+    Raises:
+        InputError: a number is out of its range, or heads do not divide the width.
+    """
+    dim, depth, heads = vit_shape(model)
+    width = model.img_size if model.img_width is None else model.img_width
+    sizes = {
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": heads,
+        "patch_size": model.patch_size,
+        "img_size": model.img_size,
+        "img_width": width,
+        "in_channels": model.in_channels,
+        "num_register_tokens": model.num_register_tokens + 1,
+    }
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+            raise InputError(f"{name}={value} must be a number from 1 to {LARGEST}")
+    if dim % heads:
+        raise InputError(f"{heads} heads do not divide width {dim}; give the right number with --num-heads")
+    if model.img_size % model.patch_size or width % model.patch_size:
+        raise InputError(
+            f"img_size={model.img_size} x {width} is no multiple of patch_size={model.patch_size}"
+        )
+    if not 0 < model.ffn_ratio <= LARGEST:
+        raise InputError(f"ffn_ratio={model.ffn_ratio} must be above 0")
+    if not 0 <= model.pos_embed_offset < 1:
+        raise InputError(f"the position offset {model.pos_embed_offset} must be from 0 to below 1")
 
 
 def check_complete(state: State, model: ModelConfig) -> None:
@@ -110,8 +150,10 @@ def _square(tokens: int) -> tuple[int, int]:
 
 
 def _depth(state: State, layout: Layout) -> int:
+    """Blocks from 0 on without a gap: what comes after one is not expected."""
     numbers = re.compile(re.escape(layout.blocks) + r"(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(numbers.match, state) if m), default=-1)
+    found = {int(match[1]) for match in map(numbers.match, state) if match}
+    return next(number for number in count() if number not in found)
 
 
 def _conventional_heads(dim: int) -> int:
@@ -133,16 +175,16 @@ def _named(dim: int, depth: int, heads: int) -> dict[str, Any]:
 def _ffn(shape: Any, state: State, layout: Layout) -> tuple[Literal["mlp", "swiglu"], int]:
     """Kind and hidden width. timm names both kinds alike: SwiGLU's first layer is twice as wide."""
     if layout.names("blocks.0.mlp.w12.weight")[0] in state:
-        first, second = shape("blocks.0.mlp.w12.weight")[0], shape("blocks.0.mlp.w3.weight")[1]
+        first, second = shape("blocks.0.mlp.w12.weight", 2)[0], shape("blocks.0.mlp.w3.weight", 2)[1]
         if first == 2 * second:
             return "swiglu", second
-    return "mlp", shape("blocks.0.mlp.fc1.weight")[0]
+    return "mlp", shape("blocks.0.mlp.fc1.weight", 2)[0]
 
 
 def _with_ffn(model: ModelConfig, dim: int, kind: Literal["mlp", "swiglu"], hidden: int) -> ModelConfig:
     """The model with the ratio that gives this hidden width: 4 where it does."""
     wide = hidden * 3 // 2 if kind == "swiglu" else hidden
-    for ratio in (4.0, wide / dim, (wide + 0.5) / dim):
+    for ratio in (4.0, *map(float, range(1, 17)), wide / dim, (wide + 0.5) / dim):
         found = replace(model, ffn_layer=kind, ffn_ratio=ratio)
         if ffn_hidden_dim(found) == hidden:
             return found

@@ -1,5 +1,6 @@
 """Averages of several backbones, and other precisions of one."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,20 +18,24 @@ def average(
 
     Args:
         states: of one architecture.
-        weights: one a state; all positive.
+        weights: one a state; 0 or more, not all 0.
         advance: told of bytes.
 
     Raises:
-        InputError: not one positive weight a state, or tensors that do not match.
+        InputError: not one such weight a state, or tensors that do not match.
     """
-    if len(weights) != len(states) or not all(0 < w < float("inf") for w in weights):
-        raise InputError(f"--weights: {len(states)} weights above 0 are needed, got {list(weights)}")
-    first, total = states[0], sum(weights)
+    if len(weights) != len(states):
+        raise InputError(f"--weights: {len(weights)} weights for {len(states)} files; give one a file")
+    largest = max(weights)
+    if not (0 < largest < math.inf and all(weight >= 0 for weight in weights)):
+        raise InputError("--weights: all must be 0 or more, and one above 0")
+    shares = [weight / largest for weight in weights]
+    first, total = states[0], sum(shares)
     result = {}
     for name, tensor in first.items():
         sums = torch.zeros(tensor.shape, dtype=torch.float64)
-        for state, weight in zip(states, weights, strict=True):
-            sums.add_(_matching(state, name, tensor), alpha=weight / total)
+        for state, share in zip(states, shares, strict=True):
+            sums.add_(_matching(state, name, tensor), alpha=share / total)
         result[name] = sums.to(tensor.dtype)
         advance(tensor.nbytes)
     return result
@@ -63,6 +68,11 @@ def cast(state: State, dtype: torch.dtype, advance: Advance = ignore) -> dict[st
             raise InputError(f"{name}: its largest value {largest:.3g} does not fit {kind}; use bfloat16")
         advance(tensor.nbytes)
     return result
+
+
+def vanished(before: State, after: State) -> int:
+    """Values that are not 0 before and 0 after: too small for the new type."""
+    return sum(int(((after[name] == 0) & (tensor != 0)).sum()) for name, tensor in before.items())
 
 
 def _matching(state: State, name: str, tensor: Tensor) -> Tensor:

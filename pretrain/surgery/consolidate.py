@@ -1,14 +1,17 @@
 """Sharded checkpoints as whole tensors in one process: ours of any engine, and DeepSpeed's own."""
 
 import re
+import sys
+import tempfile
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.errors import InputError
+from pretrain.errors import InputError, first_line
 from pretrain.run.tensors import read_tensors
 
 # what DeepSpeed writes beside tensors, none of which does anything when it is made
@@ -45,23 +48,32 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
         InputError: a file wants to run code or is damaged, the folder has several tags, or DeepSpeed is not
             installed.
     """
-    tag = _tag(folder)
-    for path in sorted(tag.glob("*.pt")):
-        _check_harmless(path)
     try:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
-        raise InputError(
-            f"{folder}: reading it needs DeepSpeed; pip install 'pretrain[deepspeed]'"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag=tag.name)
-    except Exception as error:  # missing or damaged files fail in whichever way they lead to
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"{folder}: DeepSpeed cannot merge it ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{folder}: to read it, pip install 'pretrain[deepspeed]'") from error
+    with tempfile.TemporaryDirectory() as place:
+        # DeepSpeed finds files by patterns, so a folder's name could lead it to files that were not checked
+        links = _linked(_tag(folder), Path(place) / "checkpoint")
+        for link in links:
+            _check_harmless(link)
+        try:
+            with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+                warnings.simplefilter("ignore")
+                state = get_fp32_state_dict_from_zero_checkpoint(place, tag="checkpoint")
+        except Exception as error:  # missing or damaged files fail in whichever way they lead to
+            fault = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"{folder}: DeepSpeed cannot merge it ({fault})") from error
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _linked(tag: Path, place: Path) -> list[Path]:
+    """Links to a checkpoint's files, in a folder of a plain name."""
+    place.mkdir()
+    for path in sorted(tag.iterdir()):
+        if path.suffix == ".pt":
+            (place / path.name).symlink_to(path.resolve())
+    return sorted(place.iterdir())
 
 
 def _tag(folder: Path) -> Path:
@@ -69,7 +81,10 @@ def _tag(folder: Path) -> Path:
         return folder
     latest = folder / "latest"
     if latest.is_file():
-        return folder / latest.read_text().strip()
+        name = latest.read_text(errors="replace").strip()
+        if name != Path(name).name or name in ("", ".."):
+            raise InputError(f"{latest}: names {name!r}, which is no folder beside it")
+        return folder / name
     tags = sorted({path.parent for path in folder.glob(f"*/{OPTIMIZER}")})
     if len(tags) != 1:
         raise InputError(f"{folder}: holds {len(tags)} DeepSpeed checkpoints; name one of its folders")
@@ -83,8 +98,8 @@ def _check_harmless(path: Path) -> None:
             torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"a pickle that wants to run {wanted[1]}" if wanted else (str(error).splitlines() or [""])[0]
-        raise InputError(f"{path}: {reason}; refused") from error
+        reason = f"a pickle that wants to run {wanted[1]}" if wanted else first_line(error)
+        raise InputError(f"{path.resolve()}: {reason}; refused") from error
 
 
 def _inert(name: str) -> type:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.config.derived import position_grid, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
-from pretrain.surgery.architecture import Settings, check_complete, infer_model, listed, shapes
+from pretrain.surgery.architecture import Settings, check_complete, check_section, infer_model, listed, shapes
 from pretrain.surgery.folding import fold_class_position, unfold_class_position
 from pretrain.surgery.layouts import (
     DEFAULT_CHUNKS,
@@ -77,12 +77,14 @@ def read_backbone(
         InputError: no backbone, an incomplete one, one of an unsupported kind, or not that of `described`.
     """
     settings = settings or Settings()
-    found = _unfolded(find_backbone(state, branch))
+    grid = settings.grid or (position_grid(described) if described else None)
+    found = _unfolded(find_backbone(state, branch), grid)
     _check_types(found.state)
     if described is None:
         model = infer_model(found.state, found.layout, settings)
     else:
         model = _with_settings(described, settings)
+        check_section(model)
     ours = to_ours(found.state, found.layout, list(shapes(model)))
     filled, changes = _filled(ours, found)
     check_complete(filled, model)
@@ -178,17 +180,33 @@ def _timm_losses(state: State, model: ModelConfig) -> list[Change]:
     if model.num_register_tokens and state["pos_embed"][:, 0].any():
         why = "timm stores one sum of both; the features stay the same"
         changes.append(Change("lost", "cls_token and its position as two tensors", why))
+        dtype = state["cls_token"].dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            kind = str(dtype).removeprefix("torch.")
+            changes.append(
+                Change("lost", "digits of that sum", f"it is rounded to {kind}; cast to float32 first")
+            )
     return changes
 
 
-def _unfolded(found: Found) -> Found:
-    """timm keeps no class position beside registers (no_embed_class)."""
-    if found.layout is not TIMM or "reg_token" not in found.state or "pos_embed" not in found.state:
+def _unfolded(found: Found, grid: tuple[int, int] | None) -> Found:
+    """timm keeps no class position beside registers (no_embed_class).
+
+    Args:
+        found: in any layout.
+        grid: of the positions, where it is known; else a square.
+    """
+    if found.layout is not TIMM or not {"reg_token", "pos_embed"} <= found.state.keys():
         return found
+    if found.state["pos_embed"].ndim != 3:
+        return found  # refused where shapes are read
     positions = found.state["pos_embed"].shape[1]
-    prefix = 1 + found.state["reg_token"].shape[1]
-    if math.isqrt(positions - prefix) ** 2 == positions - prefix > 0:
-        raise InputError("a timm model whose registers have positions (no_embed_class=False): not supported")
+    patches = math.prod(grid) if grid else math.isqrt(positions) ** 2
+    if positions != patches:
+        raise InputError(
+            f"{positions} positions are not those of patches alone: a timm model whose class token and "
+            "registers have positions (no_embed_class=False) is not supported"
+        )
     return replace(found, state=unfold_class_position(found.state))
 
 
@@ -200,7 +218,7 @@ def _check_types(state: State) -> None:
 
 
 def _with_settings(model: ModelConfig, settings: Settings) -> ModelConfig:
-    if settings.num_heads:
+    if settings.num_heads is not None:
         dim, depth, _ = vit_shape(model)
         model = replace(model, arch="custom", embed_dim=dim, depth=depth, num_heads=settings.num_heads)
     if settings.grid:

@@ -29,6 +29,9 @@ class Layout:
     blocks: str = "blocks."  # what stands before the block's number
     outside: Names = field(default_factory=dict)
     inside: Names = field(default_factory=dict)  # below a block
+    interpolation: tuple[float, bool] | None = (
+        None  # offset and antialias of its program; None = by registers
+    )
 
     def names(self, ours: str) -> tuple[str, ...]:
         """Where this layout keeps one of our tensors; none = nowhere."""
@@ -87,6 +90,7 @@ TIMM = Layout(  # positions and class token: see folding.py
     "timm",
     outside={"register_tokens": ("reg_token",), "mask_token": ()},
     inside={"mlp.w12": ("mlp.fc1",), "mlp.w3": ("mlp.fc2",)},
+    interpolation=(0.0, True),
 )
 
 

@@ -24,7 +24,7 @@ PATCH_EMBEDDINGS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.proj
 # parts of a training checkpoint that no backbone has: left out, and said
 PRETRAINING = re.compile(
     r"(.*\.)?(dino_head|ibot_head|dino_loss|ibot_patch_loss|ibot_loss|koleo_loss|gram_teacher|optimizer|optim|"
-    r"lr_scheduler|method|student|teacher)\..*"
+    r"optimizer_states|lr_schedulers?|callbacks|loops|method|student|teacher)\..*"
 )
 
 
@@ -102,12 +102,13 @@ def _part(name: str) -> str:
 def _layout(state: State) -> Layout:
     """By the names that only one layout has."""
     if any(name.startswith(("rope_embed.", "storage_tokens")) for name in state):
-        raise InputError(
-            "a DINOv3 backbone (rotary positions), which has no learned positions: not supported"
-        )
+        raise InputError("a DINOv3 backbone: rotary instead of learned positions are not supported")
     if any(name.startswith("encoder.layer.") for name in state):
         modules = any(".attention.q_proj." in name for name in state)
         return HUGGING_FACE_MODULES if modules else HUGGING_FACE
-    if "reg_token" in state or "mask_token" not in state:
+    if any(name.endswith(".mlp.w1.weight") for name in state):
+        return DINOV2_SPLIT
+    dinov2 = "register_tokens" in state or any(name.endswith(".mlp.w12.weight") for name in state)
+    if "reg_token" in state or ("mask_token" not in state and not dinov2):
         return TIMM
-    return DINOV2_SPLIT if any(name.endswith(".mlp.w1.weight") for name in state) else DINOV2
+    return DINOV2

@@ -12,6 +12,7 @@ from pretrain.models.init import TOKENS_STD
 from pretrain.seeding import torch_stream
 from pretrain.surgery.layouts import State
 
+MAX_REGISTERS = 1024  # beyond it a number is a slip
 Result = tuple[dict[str, Tensor], ModelConfig]
 
 
@@ -23,8 +24,8 @@ def add_registers(state: State, model: ModelConfig, number: int, seed: int = 0) 
     Raises:
         InputError: the number is not positive.
     """
-    if number < 1:
-        raise InputError(f"add-registers: {number} must be at least 1")
+    if not 1 <= number <= MAX_REGISTERS:
+        raise InputError(f"add-registers: {number} must be from 1 to {MAX_REGISTERS}")
     dim, old = vit_shape(model).embed_dim, model.num_register_tokens
     drawn = torch.empty(1, number, dim)
     drawn.normal_(std=TOKENS_STD, generator=torch_stream(seed, "surgery", "register_tokens"))

@@ -13,6 +13,7 @@ from pretrain.models.pos_embed import interpolate_pos_embed
 from pretrain.surgery.layouts import State
 
 Result = tuple[dict[str, Tensor], ModelConfig]
+MAX_SIZE, MAX_PATCH, MAX_CHANNELS = 8192, 256, 1024  # beyond them a number is a slip
 PROJECTION = "patch_embed.proj.weight"
 
 
@@ -26,8 +27,10 @@ def resize_positions(state: State, model: ModelConfig, size: tuple[int, int]) ->
     """
     patch = model.patch_size
     for pixels in size:
-        if pixels < patch or pixels % patch:
-            near = max(pixels // patch, 1) * patch
+        if not patch <= pixels <= MAX_SIZE:
+            raise InputError(f"--image-size: {pixels} px must be from the patch size {patch} to {MAX_SIZE}")
+        if pixels % patch:
+            near = pixels // patch * patch
             raise InputError(
                 f"--image-size: {pixels} px is not a multiple of the patch size {patch}; use {near}, say"
             )
@@ -52,8 +55,8 @@ def resize_patch(state: State, model: ModelConfig, patch_size: int) -> Result:
     Raises:
         InputError: a patch of no pixels.
     """
-    if patch_size < 1:
-        raise InputError(f"--patch-size: {patch_size} must be at least 1")
+    if not 1 <= patch_size <= MAX_PATCH:
+        raise InputError(f"--patch-size: {patch_size} must be from 1 to {MAX_PATCH}")
     rows, columns = position_grid(model)
     resized = replace(
         model,
@@ -64,16 +67,15 @@ def resize_patch(state: State, model: ModelConfig, patch_size: int) -> Result:
     if patch_size == model.patch_size:
         return dict(state), resized
     weight = state[PROJECTION]  # (D, C, p, p)
-    inverse = torch.linalg.pinv(resize_matrix(model.patch_size, patch_size).T)  # (p'^2, p^2)
-    flat = weight.double().flatten(2) @ inverse.T  # (D, C, p'^2)
-    projection = flat.unflatten(2, (patch_size, patch_size)).to(weight.dtype)
+    inverse = torch.linalg.pinv(axis_matrix(model.patch_size, patch_size).T)  # (p', p)
+    projection = (inverse @ weight.double() @ inverse.T).to(weight.dtype)
     return {**state, PROJECTION: projection.contiguous()}, resized
 
 
-def resize_matrix(old: int, new: int) -> Tensor:
-    """B (new^2, old^2) float64: antialiased bicubic resizing of a patch, as a matrix on its pixels."""
-    pixels = torch.eye(old * old, dtype=torch.float64).view(old * old, 1, old, old)
-    return interpolate(pixels, size=(new, new), mode="bicubic", antialias=True).flatten(1).T
+def axis_matrix(old: int, new: int) -> Tensor:
+    """b (new, old) float64: antialiased bicubic resizing of one axis; B of a whole patch is b kron b."""
+    pixels = torch.eye(old, dtype=torch.float64).view(old, 1, 1, old)
+    return interpolate(pixels, size=(1, new), mode="bicubic", antialias=True).flatten(1).T
 
 
 def resize_channels(state: State, model: ModelConfig, channels: int) -> Result:
@@ -86,8 +88,8 @@ def resize_channels(state: State, model: ModelConfig, channels: int) -> Result:
     Raises:
         InputError: no channels.
     """
-    if channels < 1:
-        raise InputError(f"--to: {channels} channels must be at least 1")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise InputError(f"--to: {channels} channels must be from 1 to {MAX_CHANNELS}")
     weight = state[PROJECTION]  # (D, C, p, p)
     before = weight.shape[1]
     share = torch.zeros(channels, before, dtype=torch.float64)

@@ -65,6 +65,7 @@ def test_the_file_alone_suffices_and_the_sidecar_says_the_same(tmp_path: Path) -
     sidecar = json.loads((tmp_path / "a.json").read_text())
     assert sidecar["format"] == "pretrain-export-1" and sidecar["about"] == {"step": 1}
     assert sidecar["model"]["embed_dim"] == 8
+    assert sidecar.pop("bytes") == path.stat().st_size
     assert json.loads(metadata_of(path)["pretrain"]) == sidecar
     (tmp_path / "a.json").unlink()
     assert read_export(path).model == MODEL

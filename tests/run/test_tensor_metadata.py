@@ -1,6 +1,8 @@
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,4 +50,26 @@ def test_metadata_that_would_run_code_is_refused_and_runs_nothing(folder: Path, 
 def test_metadata_of_another_kind_is_refused(folder: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(InputError, match="it holds a dict instead of DCP's metadata"):
+        read_tensors(folder, "")
+
+
+def changed(folder: Path, change: Callable[[Any], None]) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_a_tensor_that_is_not_stored_whole_is_refused(folder: Path) -> None:
+    changed(folder, lambda metadata: metadata.state_dict_metadata["a"].chunks.clear())
+    with pytest.raises(InputError, match="a is not stored whole"):
+        read_tensors(folder, "")
+
+
+def test_metadata_that_leads_out_of_the_folder_is_refused(folder: Path) -> None:
+    def lead_out(metadata: Any) -> None:
+        for place in metadata.storage_data.values():
+            place.relative_path = "../outside.distcp"
+
+    changed(folder, lead_out)
+    with pytest.raises(InputError, match=r"it names the file '\.\./outside\.distcp' outside of the folder"):
         read_tensors(folder, "")

@@ -130,7 +130,7 @@ def odd_width(folder: Path) -> Path:
 CASES: dict[str, tuple[Maker, str]] = {
     "no such file": (lambda folder: folder / "none.pth", "no such file"),
     "an empty file": (lambda folder: written(folder / "a.pth", b""), "is empty"),
-    "a truncated .pth": (truncated, "cut short or damaged (PytorchStreamReader failed"),
+    "a truncated .pth": (truncated, "cut short, damaged or no state dict (PytorchStreamReader failed"),
     "a truncated .safetensors": (truncated_safetensors, "not a complete safetensors file (Error while"),
     "a web page saved as .pth": (
         lambda folder: written(folder / "a.pth", b"<!DOCTYPE html><html>404 Not Found</html>"),
@@ -161,7 +161,7 @@ CASES: dict[str, tuple[Maker, str]] = {
         resnet,
         "no vision transformer that this tool knows among 3 tensors (conv1.weight, bn1.weight, fc.weight)",
     ),
-    "a DINOv3 backbone": (dinov3, "a DINOv3 backbone"),
+    "a DINOv3 backbone: rotary instead of learned positions are not supported": (dinov3, "a DINOv3 backbone"),
     "half of the names": (
         half_the_names,
         "of the model's 35 tensors: 13 missing (blocks.1.norm1.bias, blocks.1.attn.qkv.weight, ",

@@ -100,3 +100,19 @@ def test_a_file_of_deepspeed_that_wants_to_run_code_is_refused(checkpoints, tmp_
     path.unlink()
     with pytest.raises(InputError, match="DeepSpeed cannot merge it"):
         read_deepspeed(folder)
+
+
+def test_a_folders_name_leads_to_no_other_files(checkpoints, tmp_path):
+    """DeepSpeed takes names for patterns: the neighbour was not looked at."""
+    folder, neighbour = tmp_path / "ck[1]", tmp_path / "ck1"
+    for place in (folder, neighbour):
+        shutil.copytree(checkpoints["zero3"] / "optim" / "zero", place)
+    for path in neighbour.glob("*.pt"):
+        torch.save({"optimizer_state_dict": Harmful(tmp_path / "made")}, path)
+    assert "backbone.cls_token" in read_deepspeed(folder)
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder, tmp_path / "run" / "tag")
+    (tmp_path / "run" / "latest").write_text("../ck1")
+    with pytest.raises(InputError, match=r"latest: names '\.\./ck1', which is no folder beside it"):
+        read_deepspeed(tmp_path / "run")

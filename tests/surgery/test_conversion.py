@@ -83,8 +83,8 @@ def test_weights_alone_tell_the_architecture(target, name):
     state = random_state(model)
     found = read_backbone(write_layout(state, model, target, chunks=2))
     assert found.form == Form("dinov2" if target == "ours" else target, 2 if "chunked" in target else 4)
-    convention = {"pos_embed_antialias": model.num_register_tokens > 0}
-    convention["pos_embed_offset"] = 0.0 if model.num_register_tokens else 0.1
+    sized = model.num_register_tokens > 0 or target == "timm"
+    convention = {"pos_embed_antialias": sized, "pos_embed_offset": 0.0 if sized else 0.1}
     always_scaled = target == "huggingface" and model.layer_scale is None
     expected = replace(model, layer_scale=1.0) if always_scaled else model
     assert found.model == replace(expected, **convention)

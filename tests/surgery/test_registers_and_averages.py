@@ -37,7 +37,7 @@ def test_dropping_all_registers_leaves_a_model_without():
     for wrong in ({"keep": 4}, {"keep": -1}):
         with pytest.raises(InputError, match=r"the model has 4 registers, --keep .* drops none"):
             drop_registers(random_state(GIANT), GIANT, **wrong)
-    with pytest.raises(InputError, match="add-registers: 0 must be at least 1"):
+    with pytest.raises(InputError, match="add-registers: 0 must be from 1 to 1024"):
         add_registers(state, model, 0)
 
 
@@ -64,8 +64,8 @@ def test_wrong_averages_are_refused(tmp_path, surgery):
     out = tmp_path / "out.safetensors"
     for arguments, words in (
         (paths, f"{paths[2]}: another model than {paths[0]}: embed_dim: 384 and 128; num_heads"),
-        ([*paths[:2], "--weights", "1,2,3"], "--weights: 2 weights above 0 are needed, got [1.0, 2.0, 3.0]"),
-        ([*paths[:2], "--weights", "1,-1"], "--weights: 2 weights above 0 are needed"),
+        ([*paths[:2], "--weights", "1,2,3"], "--weights: 3 weights for 2 files; give one a file"),
+        ([*paths[:2], "--weights", "1,-1"], "--weights: all must be 0 or more, and one above 0"),
         ([*paths[:2], "--weights", "1,x"], "'1,x' is not a list of numbers like 1,2,1"),
         ([*paths[:2], "--ema", "1.5"], "--ema: 1.5 must be between 0 and 1"),
     ):

@@ -8,9 +8,15 @@ from torch.nn.functional import interpolate
 from pretrain.errors import InputError
 from pretrain.export import read_export, write_export
 from pretrain.surgery.architecture import check_complete
-from pretrain.surgery.resize import resize_channels, resize_matrix, resize_patch, resize_positions
+from pretrain.surgery.resize import axis_matrix, resize_channels, resize_patch, resize_positions
 from tests.golden_files import relative_error
 from tests.surgery.backbones import PLAIN, REGISTERS, equal, features, images_for, random_state
+
+
+def resize_matrix(old, new):
+    """Resizing as a matrix on the pixels of a patch."""
+    return torch.kron(axis_matrix(old, new), axis_matrix(old, new))
+
 
 RELEASED = {"plain": PLAIN, "registers": REGISTERS}  # offset 0.1; and offset 0 with antialias
 
@@ -125,9 +131,9 @@ def test_wrong_sizes_are_refused():
         resize_positions(state, PLAIN, (224, 225))
     with pytest.raises(InputError, match="--image-size: 0 px"):
         resize_positions(state, PLAIN, (0, 14))
-    with pytest.raises(InputError, match="--patch-size: 0 must be at least 1"):
+    with pytest.raises(InputError, match="--patch-size: 0 must be from 1 to 256"):
         resize_patch(state, PLAIN, 0)
-    with pytest.raises(InputError, match="--to: 0 channels must be at least 1"):
+    with pytest.raises(InputError, match="--to: 0 channels must be from 1 to 1024"):
         resize_channels(state, PLAIN, 0)
 
 
