@@ -5,11 +5,11 @@ without a defect pull at none, and a batch of such makes no step.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,8 +81,13 @@ class Repair:
         settings = self.settings
         return self.clean_share >= settings.stop_share or self.images >= settings.max_images
 
-    def step(self, images: Tensor) -> Step:
-        """Take one batch (B, C, S, S') of images."""
+    def step(self, images: Tensor, taken: int | None = None) -> Step:
+        """Take one batch of images.
+
+        Args:
+            images: (B, C, S, S').
+            taken: places of the order that it stands for, damaged images included; None = B.
+        """
         images = images.to(self.device)
         criterion = self.settings.criterion
         precision = torch.autocast(self.device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
@@ -98,7 +103,7 @@ class Repair:
         applied = bool(hits) and self._finite()
         if applied:
             self.optimizer.step()
-        self.images += len(images)
+        self.images += len(images) if taken is None else taken
         self._clean.extend([True] * (len(images) - number) + [False] * number)
         first = hits[0].block if hits else -1
         patches = sum(hit.defective for hit in hits)
@@ -109,12 +114,12 @@ class Repair:
         return all(bool(gradient.isfinite().all()) for gradient in gradients)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resumed repair needs, as tensors: with it, it goes on exactly."""
-        state = {f"epsilon.{name}": layer.epsilon.detach() for name, layer in self.layers.items()}
+        """Everything that a resumed repair needs, as copies: with it, it goes on exactly."""
+        state = {f"epsilon.{name}": layer.epsilon.detach().clone() for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
             momentum = self.optimizer.state.get(layer.epsilon, {}).get("momentum_buffer")
             if momentum is not None:
-                state[f"momentum.{name}"] = momentum
+                state[f"momentum.{name}"] = momentum.clone()
         return {**state, "images": torch.tensor(self.images), "clean": torch.tensor(list(self._clean))}
 
     @torch.no_grad()
@@ -141,21 +146,24 @@ class Repair:
         return changed
 
 
-def batches(source: ImageSet, settings: RepairSettings, start: int) -> Iterator[Tensor]:
-    """Batches of the seeded order, from a number of images on; over the source again and again.
+def batches(
+    source: ImageSet, settings: RepairSettings, start: int, number: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Batches of the seeded order, over it again and again, each with the places that it used up.
 
-    A damaged image is left out of its batch, and counted by the source.
+    A damaged image is left out of its batch, and noted by the source.
+
+    Args:
+        source: of the images.
+        settings: of the repair.
+        start: places that were used up before.
+        number: of places in the order: the rest is held out.
     """
-    order = source.shuffled(settings.seed)
-    places: Iterator[int] = iter(range(start, settings.max_images))
+    order, taken = source.shuffled(settings.seed), 0
+    places = iter(range(start, settings.max_images))
     while chosen := list(islice(places, settings.batch_size)):
-        batch = source.batch([order(place % len(source)) for place in chosen])
+        taken += len(chosen)
+        batch = source.batch([order(place % number) for place in chosen])
         if batch is not None:
-            yield batch
-
-
-def run_repair(repair: Repair, source: ImageSet, watch: Callable[[Step], Any] = lambda _: None) -> None:
-    """Step until the repair is finished; `watch` is told of each and may end it by returning True."""
-    for images in batches(source, repair.settings, repair.images):
-        if repair.finished or watch(repair.step(images)):
-            return
+            yield taken, batch
+            taken = 0

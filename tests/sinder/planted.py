@@ -1,8 +1,10 @@
 """A backbone with a defect that can be repaired: a hidden unit of a middle block that few patches trigger."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pretrain.config.schema import ModelConfig
@@ -10,8 +12,10 @@ from pretrain.models.init import init_weights
 from pretrain.models.packing import Layout
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.hits import run_block
+from pretrain.sinder.images import MEAN, STD
 
 BLOCK = 2  # that gets the defect
+GAINS = {"mlp-registers": 14.0}  # of the planted unit; its limit is rarer there, which the prediction feels
 SHARP = 16.0  # slope of the unit at its limit: patches below it hardly notice
 PLAIN = ModelConfig(
     arch="custom",
@@ -92,3 +96,13 @@ def plant(backbone: VisionTransformer, share: float = 0.015, gain: float = 6.0) 
         first.weight[half], first.bias[half] = 0.0, 1.0
     last.weight[:, 0] = gain * direction
     return direction
+
+
+def write_images(folder: Path, number: int) -> Path:
+    """Image files of such noise, as a model sees it after normalisation."""
+    folder.mkdir(parents=True)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+    for index, image in enumerate(noise(number, seed=7)):
+        pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.png")
+    return folder

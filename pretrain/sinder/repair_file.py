@@ -1,0 +1,213 @@
+"""Repairs a file of weights: diagnosis before and after, a watch on drift, resumable, in the form it had."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain.errors import InputError, first_line
+from pretrain.export.provenance import with_entry
+from pretrain.export.targets import check_free, write_weights
+from pretrain.export.weights import Weights
+from pretrain.models.vit import VisionTransformer
+from pretrain.run.durable import publish
+from pretrain.sinder.diagnosis import Diagnosis, diagnose
+from pretrain.sinder.directions import LayerDirection
+from pretrain.sinder.held_out import HeldOut, Measure
+from pretrain.sinder.images import ImageSet
+from pretrain.sinder.repair import Repair, RepairSettings, Step, batches
+
+Outcome = Literal["nothing to repair", "repaired", "stopped by drift", "images used up"]
+
+
+@dataclass(frozen=True)
+class RepairOrder:
+    """What a repair is told beside the method's settings."""
+
+    out: Path
+    arguments: Sequence[str] = ()
+    force: bool = False
+    held_out: int = 16  # images that are never trained on: the last of the seeded order
+    check_every: int = 200  # images between looks at the held-out ones; progress is saved then
+    min_cls_cosine: float = 0.98  # of the class token with the original's: below it, the repair stops
+    min_patch_cosine: float = 0.98  # likewise, of clean patches
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did."""
+
+    outcome: Outcome
+    verdict_before: str
+    reason_before: str
+    verdict_after: str | None
+    first_block: int | None
+    images: int
+    before: Measure | None
+    after: Measure | None
+    damaged_images: list[str]
+
+
+Watch = Callable[[Step, Measure | None], Any]
+
+
+def build_backbone(weights: Weights, device: torch.device) -> VisionTransformer:
+    """The model with the weights, in fp32 on a device."""
+    with torch.device("meta"):
+        backbone = VisionTransformer(weights.model, "sdpa")
+    state = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights.state.items()}
+    backbone.load_state_dict(state, assign=True)
+    return backbone.requires_grad_(False).eval()
+
+
+def repair_file(
+    weights: Weights,
+    directions: Sequence[LayerDirection],
+    images: ImageSet,
+    settings: RepairSettings,
+    order: RepairOrder,
+    watch: Watch = lambda _step, _measure: None,
+) -> RepairReport:
+    """Repair weights and write them in the form they had; nothing is written where nothing is wrong.
+
+    A repair that was interrupted goes on from the file `OUT.progress`.
+
+    Raises:
+        InputError: too few images, a target that exists, progress of another repair, no space.
+    """
+    check_free(order.out, weights.form.target, order.force)
+    needed = order.held_out + settings.batch_size
+    if len(images) < needed:
+        raise InputError(
+            f"--images: {images.source} holds {len(images)} images, at least {needed} are needed "
+            f"({order.held_out} held out and a batch of {settings.batch_size})"
+        )
+    device = torch.device(order.device)
+    backbone = build_backbone(weights, device)
+    shuffled = images.shuffled(settings.seed)
+    held_positions = [shuffled(place) for place in range(len(images) - order.held_out, len(images))]
+    held_images = images.batch(held_positions)
+    if held_images is None:
+        raise InputError(f"--images: all held-out images are damaged, as {images.damaged[0]}")
+    before = diagnose(backbone, directions, held_images.split(settings.batch_size))
+    if before.verdict == "clean":
+        return _report("nothing to repair", before, None, None, 0, None, None, images)
+    settings = replace(settings, criterion=replace(settings.criterion, first_block=before.first_layer or 0))
+    plain = [layer.direction.float().to(device) for layer in directions]
+    held = HeldOut(backbone, held_images.to(device), plain)
+    start = held.measure(backbone)
+    repair = Repair(backbone, plain, settings)
+    outcome = _train(repair, held, images, weights, order, watch)
+    end = held.measure(backbone)
+    after = diagnose(backbone, directions, held_images.split(settings.batch_size))
+    report = _report(outcome, before, after, before.first_layer, repair.images, start, end, images)
+    if any(layer.epsilon.any() for layer in repair.layers.values()):
+        _write(repair, weights, order, report)
+    return report
+
+
+def _train(
+    repair: Repair, held: HeldOut, images: ImageSet, weights: Weights, order: RepairOrder, watch: Watch
+) -> Outcome:
+    """Step until the repair is finished or features drift too far; then the last good state counts."""
+    progress = _Progress(order.out, weights, repair.settings)
+    progress.load(repair)
+    good, checked = repair.state_dict(), repair.images
+    for taken, batch in batches(images, repair.settings, repair.images, len(images) - order.held_out):
+        if repair.finished:
+            break
+        step, measure = repair.step(batch, taken), None
+        if repair.images - checked >= order.check_every or repair.finished:
+            checked, measure = repair.images, held.measure(repair.backbone)
+            if _drifted(measure, order):
+                repair.load_state_dict(good)
+                return "stopped by drift"
+            good = repair.state_dict()
+            progress.save(good)
+        watch(step, measure)
+    return "repaired" if repair.clean_share >= repair.settings.stop_share else "images used up"
+
+
+def _drifted(measure: Measure, order: RepairOrder) -> bool:
+    """Also where a figure is not a number."""
+    cls, patches = measure.cls_cosine, measure.patch_cosine
+    return not (cls >= order.min_cls_cosine and patches >= order.min_patch_cosine)
+
+
+class _Progress:
+    """The state of an interrupted repair, beside its target."""
+
+    def __init__(self, out: Path, weights: Weights, settings: RepairSettings) -> None:
+        self.path = out.with_name(out.name + ".progress")
+        self.key = json.dumps({"settings": asdict(settings), "weights": _fingerprint(weights.state)})
+
+    def load(self, repair: Repair) -> None:
+        """Go on with it, if there is one.
+
+        Raises:
+            InputError: it is of another repair, or damaged.
+        """
+        if not self.path.exists():
+            return
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                key = (file.metadata() or {}).get("repair")
+                state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path}: is damaged ({error}); remove it to start anew") from error
+        if key != self.key:
+            raise InputError(f"{self.path}: is of a repair with other weights or settings; remove it")
+        repair.load_state_dict(state)
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.cpu() for name, tensor in state.items()}
+            save_file(tensors, temporary, metadata={"repair": self.key})
+            publish(temporary, self.path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise InputError(f"{self.path}: cannot be written ({first_line(error)})") from error
+
+
+def _fingerprint(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _report(
+    outcome: Outcome,
+    before: Diagnosis,
+    after: Diagnosis | None,
+    first: int | None,
+    number: int,
+    start: Measure | None,
+    end: Measure | None,
+    images: ImageSet,
+) -> RepairReport:
+    verdict = after.verdict if after else None
+    damaged = sorted(set(images.damaged))
+    return RepairReport(outcome, before.verdict, before.reason, verdict, first, number, start, end, damaged)
+
+
+def _write(repair: Repair, weights: Weights, order: RepairOrder, report: RepairReport) -> None:
+    about = with_entry(weights.about, "sinder", order.arguments, [weights.path])
+    about["sinder"] = {key: value for key, value in asdict(report).items() if key != "damaged_images"}
+    form = weights.form
+    repaired = repair.repaired(weights.state)
+    write_weights(order.out, form.target, repaired, weights.model, about, form.chunks, form.split_swiglu)
+    order.out.with_name(order.out.name + ".progress").unlink(missing_ok=True)
