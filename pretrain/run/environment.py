@@ -13,7 +13,7 @@ from pretrain.revision import code_revision
 # the direct dependencies, optional ones included, under the names that pip knows
 PACKAGES = (
     *("torch", "numpy", "omegaconf", "pyyaml", "webdataset", "braceexpand", "pillow", "simplejpeg"),
-    *("opencv-python-headless", "safetensors", "scikit-learn", "tensorboard", "rich", "submitit"),
+    *("opencv-python-headless", "safetensors", "scikit-learn", "scipy", "tensorboard", "rich", "submitit"),
     *("fsspec", "deepspeed", "xformers"),
 )
 
