@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.data.digits import write_digits
+from tests.engines.layout_runs import LAYOUTS, ZERO3, train, write_config
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +14,20 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted runs by layout, each with a checkpoint in the middle; not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    for layout in LAYOUTS:
+        train([write_config(shards, folder / layout, layout)], folder, layout)
+    return {layout: folder / layout for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="session")
+def zero3(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by DeepSpeed's ZeRO 3 on two ranks; not to be changed."""
+    folder = tmp_path_factory.mktemp("zero3")
+    train([write_config(shards, folder / "two", "ddp2", *ZERO3)], folder, "ddp2")
+    return folder / "two"

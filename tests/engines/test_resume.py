@@ -5,38 +5,15 @@ second by that of the column. Ranks are real processes that run the command line
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pretrain.config.load import load_config, save_config
-from tests.rank_processes import ROOT, run_ranks
-
-STEPS = 6
-LAYOUTS = {"single": ("single", 1), "ddp2": ("ddp", 2), "fsdp2": ("fsdp2", 2), "fsdp4": ("fsdp2", 4)}
-
-
-def write_config(shards: Path, run: Path, layout: str, *overrides: str) -> str:
-    """The path of a config for a run on the ranks of a layout."""
-    kind, ranks = LAYOUTS[layout]
-    settings = [
-        *(f"run.dir={run}", f"run.steps={STEPS}", f"data.shards=[{shards}/train-*.tar]"),
-        *(f"engine.kind={kind}", f"engine.accumulation_steps={4 // ranks}", "data.workers=0"),
-        *("data.group_size=4", "optim.global_batch_size=16", "optim.warmup_steps=2", "log.every=1"),
-        *("checkpoint.every=3", "log.tensorboard=false", "log.knn.train=[]", "log.knn.test=[]"),
-        *("model.layer_scale=1.0", *overrides),
-    ]
-    path = run.with_suffix(".yaml")
-    save_config(load_config(ROOT / "configs" / "debug_cpu.yaml", settings), path)
-    return str(path)
-
-
-def train(paths: list[str], folder: Path, layout: str) -> None:
-    """Train configs one after another on the ranks of a layout."""
-    for rank in run_ranks(["-m", "tests.engines.several_runs", *paths], folder, LAYOUTS[layout][1]):
-        assert rank.status == 0, rank.err
+from tests.engines.layout_runs import LAYOUTS, STEPS, ZERO3, train, write_config
+from tests.rank_processes import ROOT
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -45,15 +22,6 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [
         {k: v for k, v in line.items() if k.startswith(("step", "loss/", "grad_norm/"))} for line in lines
     ]
-
-
-@pytest.fixture(scope="module")
-def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Uninterrupted runs by layout, each with a checkpoint in the middle."""
-    folder = tmp_path_factory.mktemp("whole")
-    for layout in LAYOUTS:
-        train([write_config(shards, folder / layout, layout)], folder, layout)
-    return {layout: folder / layout for layout in LAYOUTS}
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -93,13 +61,14 @@ def test_one_curve(whole: dict[str, Path], layout: str) -> None:
 
 
 @pytest.mark.dist
-def test_deepspeed_on_as_many_ranks_and_on_one(shards: Path, whole: dict[str, Path], tmp_path: Path) -> None:
-    settings = ("engine.kind=deepspeed", "engine.deepspeed.stage=3")
-    train([write_config(shards, tmp_path / "two", "ddp2", *settings)], tmp_path, "ddp2")
-    middle = tmp_path / "two" / "checkpoints" / f"step_{STEPS // 2:08d}"
-    settings = (*settings, f"checkpoint.resume_from={middle}")
+def test_deepspeed_on_as_many_ranks_and_on_one(
+    shards: Path, whole: dict[str, Path], zero3: Path, tmp_path: Path
+) -> None:
+    middle = tmp_path / f"step_{STEPS // 2:08d}"
+    shutil.copytree(zero3 / "checkpoints" / middle.name, middle)  # the conversion writes into it
+    settings = (*ZERO3, f"checkpoint.resume_from={middle}")
     train([write_config(shards, tmp_path / "again", "ddp2", *settings)], tmp_path, "ddp2")
-    assert metrics(tmp_path / "again") == metrics(tmp_path / "two")[STEPS // 2 :]
+    assert metrics(tmp_path / "again") == metrics(zero3)[STEPS // 2 :]
 
     subprocess.run([sys.executable, "tools/universal.py", str(middle)], cwd=ROOT, check=True)
     train([write_config(shards, tmp_path / "one", "single", *settings)], tmp_path, "single")

@@ -72,7 +72,7 @@ def test_directions_are_those_of_the_plain_product_in_every_layout():
     model = replace(GIANT, depth=4)
     state = random_state(model)
     layers = defect_directions(state, model)
-    product = torch.eye(192, dtype=torch.float64)
+    product = torch.eye(128, dtype=torch.float64)
     for index, layer in enumerate(layers):
         product = block_maps(state, model, index).block @ product
         left, values, _ = torch.linalg.svd(product)
@@ -89,7 +89,7 @@ def test_the_homogeneous_variant_gives_another_direction_of_the_same_width():
     model = replace(GIANT, depth=3)
     state = random_state(model)
     plain, whole = defect_directions(state, model)[-1], defect_directions(state, model, biases=True)[-1]
-    assert whole.direction.shape == plain.direction.shape == (192,)
+    assert whole.direction.shape == plain.direction.shape == (128,)
     assert whole.direction.norm().item() == pytest.approx(1.0)
     assert 0.3 < abs(whole.direction @ plain.direction) < 1 - 1e-6
 

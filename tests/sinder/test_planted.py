@@ -97,7 +97,7 @@ def test_every_layout_is_repaired_alike_and_written_as_it_was(target, defective,
     path, _ = defective["swiglu-registers"]
     source, out = place(tmp_path, target), tmp_path / ("out.pth" if "dinov2" in target else "out")
     convert(path, target, Order(source, allow_loss=True), chunks=2)
-    short = (*REPAIR, "--max-images", 24)
+    short = (*REPAIR, "--max-images", 16)
     assert sinder("repair", source, "--images", photos, "--out", out, *short).status == 0
     ours = tmp_path / "ours.safetensors"
     assert sinder("repair", path, "--images", photos, "--out", ours, *short).status == 0

@@ -23,13 +23,13 @@ PLAIN = ModelConfig(  # as a released ViT-S/14 but for its depth and grid
 REGISTERS = replace(
     PLAIN, embed_dim=128, num_heads=2, num_register_tokens=4, pos_embed_offset=0.0, pos_embed_antialias=True
 )
-GIANT = replace(REGISTERS, embed_dim=192, num_heads=3, depth=4, ffn_layer="swiglu")
+GIANT = replace(REGISTERS, depth=4, ffn_layer="swiglu")
 MODELS = {
     "mlp": PLAIN,
-    "swiglu": replace(PLAIN, embed_dim=192, num_heads=3, depth=4, ffn_layer="swiglu"),
+    "swiglu": replace(PLAIN, embed_dim=128, num_heads=2, depth=4, ffn_layer="swiglu"),
     "registers": REGISTERS,
     "swiglu-registers": GIANT,
-    "no-layerscale": replace(PLAIN, embed_dim=128, num_heads=2, layer_scale=None),
+    "no-layerscale": replace(PLAIN, embed_dim=64, num_heads=1, layer_scale=None),
 }
 
 

@@ -11,30 +11,23 @@ from safetensors.torch import load_file
 from pretrain.errors import InputError
 from pretrain.export import read_export
 from pretrain.surgery.consolidate import read_deepspeed
-from tests.engines.test_resume import STEPS, train, write_config
+from tests.engines.layout_runs import STEPS
 from tests.golden_files import relative_error
 from tests.surgery.backbones import equal
 from tests.test_golden import key_bias_removed
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-RUNS = {
-    "single": ("single", ()),
-    "fsdp2": ("fsdp2", ()),
-    "zero3": ("ddp2", ("engine.kind=deepspeed", "engine.deepspeed.stage=3")),
-}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The last checkpoint of the same run under several engines."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, (layout, settings) in RUNS.items():
-        train([write_config(shards, folder / name, layout, *settings)], folder, layout)
-    return {name: folder / name / "checkpoints" / f"step_{STEPS:08d}" for name in RUNS}
 
 
 @pytest.fixture
-def whole(checkpoints, tmp_path, surgery):
+def checkpoints(whole: dict[str, Path], zero3: Path) -> dict[str, Path]:
+    """The last checkpoint of the same run under several engines."""
+    runs = {"single": whole["single"], "fsdp2": whole["fsdp2"], "zero3": zero3}
+    return {name: run / "checkpoints" / f"step_{STEPS:08d}" for name, run in runs.items()}
+
+
+@pytest.fixture
+def merged(checkpoints, tmp_path, surgery):
     """Every tensor of each checkpoint."""
     found = {}
     for name, path in checkpoints.items():
@@ -45,8 +38,8 @@ def whole(checkpoints, tmp_path, surgery):
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero3"])
-def test_the_weights_of_two_ranks_are_those_of_one_process(name, whole):
-    one, two = whole["single"], whole[name]
+def test_the_weights_of_two_ranks_are_those_of_one_process(name, merged):
+    one, two = merged["single"], merged[name]
     assert one.keys() == two.keys()
     for key in one:
         assert relative_error(key_bias_removed(key, two[key]), key_bias_removed(key, one[key])) < 1e-4, key
@@ -54,24 +47,24 @@ def test_the_weights_of_two_ranks_are_those_of_one_process(name, whole):
 
 @pytest.mark.parametrize("branch", ["teacher", "student"])
 def test_a_branch_is_the_same_from_the_folder_and_from_the_file(
-    branch, checkpoints, whole, tmp_path, surgery
+    branch, checkpoints, merged, tmp_path, surgery
 ):
     for name, path in checkpoints.items():
         out = tmp_path / f"{name}_{branch}.safetensors"
         assert surgery("extract", branch, path, "--out", out).status == 0
         prefix = f"{branch}.backbone."
-        expected = {k.removeprefix(prefix): v for k, v in whole[name].items() if k.startswith(prefix)}
+        expected = {k.removeprefix(prefix): v for k, v in merged[name].items() if k.startswith(prefix)}
         assert equal(read_export(out).state, expected)
 
 
-def test_deepspeeds_own_folder_holds_the_students_weights(checkpoints, whole, tmp_path, surgery):
+def test_deepspeeds_own_folder_holds_the_students_weights(checkpoints, merged, tmp_path, surgery):
     out = tmp_path / "student.safetensors"
     assert surgery("consolidate", checkpoints["zero3"] / "optim" / "zero", "--out", out).status == 0
-    student = {k.removeprefix("student."): v for k, v in whole["zero3"].items() if k.startswith("student.")}
-    merged = load_file(out)
-    assert merged.keys() <= student.keys()
-    assert equal(merged, {key: student[key] for key in merged})
-    assert {key for key in student if key.startswith("backbone.")} <= merged.keys()
+    student = {k.removeprefix("student."): v for k, v in merged["zero3"].items() if k.startswith("student.")}
+    own = load_file(out)
+    assert own.keys() <= student.keys()
+    assert equal(own, {key: student[key] for key in own})
+    assert {key for key in student if key.startswith("backbone.")} <= own.keys()
     backbone = tmp_path / "backbone.safetensors"
     done = surgery("convert", out, "--to", "ours", "--out", backbone, "--num-heads", 3)
     assert done.status == 0 and "left out" in done.out

@@ -143,8 +143,8 @@ def test_what_a_healthy_backbone_does_not_have_is_suspicious(tmp_path, surgery):
     path = write_export(tmp_path / "a.safetensors", state, GIANT, {})
     lines = "\n".join(inspect(path).suspicions)
     for words in (
-        "blocks.2.attn.proj.weight: 192 NaN and 1 Inf among 36,864 values",
-        "blocks.3.mlp.w12.weight: all 196,608 values are 0: was it ever loaded?",
+        "blocks.2.attn.proj.weight: 128 NaN and 1 Inf among 16,384 values",
+        "blocks.3.mlp.w12.weight: all 88,064 values are 0: was it ever loaded?",
         "blocks.1.mlp.w3.weight: norm ",
         "blocks.1.mlp.w3.weight: spectral norm ",
         "every LayerScale factor is 1e-5, DINOv2's initial value: these weights are untrained",
