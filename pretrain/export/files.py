@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.errors import InputError, first_line
-from pretrain.export.own import ENTRY, FORMAT, parse_description, what_it_is
+from pretrain.export.own import ENTRY, FORMAT, map_safetensors, parse_description, what_it_is
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
@@ -61,9 +61,7 @@ def open_file(path: Path) -> Contents:
 
 def _safetensors_file(path: Path) -> Contents:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata, tensors = map_safetensors(path)
     except (OSError, SafetensorError, AttributeError) as error:  # a type that this torch lacks: the last
         raise InputError(f"{path}: not a complete safetensors file ({error})") from error
     description = parse_description(path, metadata) if ENTRY in metadata else {}

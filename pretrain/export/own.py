@@ -117,9 +117,8 @@ def read_export(path: Path) -> Export:
     if not path.is_file():
         raise InputError(f"{path}: no such file; an export is a .safetensors file")
     try:
-        with safe_open(path, framework="pt") as file:
-            description = parse_description(path, file.metadata() or {})
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata, state = map_safetensors(path)
+        description = parse_description(path, metadata)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: {what_it_is(path, error)}") from error
     if description["format"] != FORMAT:
@@ -127,6 +126,17 @@ def read_export(path: Path) -> Export:
             f"{path}: a whole checkpoint; python tools/surgery.py extract teacher FILE --out NEW"
         )
     return Export(state, described_model(path, description.get("model")), dict(description.get("about", {})))
+
+
+def map_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and mapped tensors of a safetensors file.
+
+    Raises:
+        OSError, SafetensorError: it is none, or not complete.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in names}
 
 
 def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

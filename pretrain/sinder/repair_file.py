@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.errors import InputError, first_line
+from pretrain.export.own import map_safetensors
 from pretrain.export.provenance import with_entry
 from pretrain.export.targets import check_free, write_weights
 from pretrain.export.weights import Weights
@@ -159,14 +160,12 @@ class _Progress:
         if not self.path.exists():
             return
         try:
-            with safe_open(self.path, framework="pt") as file:
-                key = (file.metadata() or {}).get("repair")
-                state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            metadata, state = map_safetensors(self.path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.path}: is damaged ({error}); remove it to start anew") from error
-        if key != self.key:
+        if metadata.get("repair") != self.key:
             raise InputError(f"{self.path}: is of a repair with other weights or settings; remove it")
-        repair.load_state_dict(state)
+        repair.load_state_dict(state)  # copies: the file is replaced later
 
     def save(self, state: dict[str, Tensor]) -> None:
         temporary = self.path.with_name(self.path.name + ".tmp")
