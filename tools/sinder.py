@@ -223,7 +223,7 @@ def _watch(task: TaskID) -> Any:
         bars.update(task, completed=step.images, description=text)
         if measure is not None:
             cosines = f"class token {measure.cls_cosine:.4f}, clean patches {measure.patch_cosine:.4f}"
-            share = 100 * max(measure.shares)
+            share = 100 * max(measure.by_both)
             print(
                 f"{step.images} images: {share:.2f} % defective held-out patches, {cosines}", file=sys.stderr
             )
@@ -239,7 +239,7 @@ def _print_report(path: Path, report: RepairReport) -> None:
         print("nothing to repair, nothing written")
         return
     table = Table("", "before", "after", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, (first, last) in enumerate(zip(report.before.shares, report.after.shares, strict=True)):
+    for index, (first, last) in enumerate(zip(report.before.by_both, report.after.by_both, strict=True)):
         table.add_row(f"defective patches after block {index}", f"{100 * first:.2f} %", f"{100 * last:.2f} %")
     table.add_row("class token, cosine to the original", "", f"{report.after.cls_cosine:.4f}")
     table.add_row("clean patches, cosine to the original", "", f"{report.after.patch_cosine:.4f}")

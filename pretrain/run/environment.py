@@ -14,7 +14,7 @@ from pretrain.revision import code_revision
 PACKAGES = (
     *("torch", "numpy", "omegaconf", "pyyaml", "webdataset", "braceexpand", "pillow", "simplejpeg"),
     *("opencv-python-headless", "safetensors", "scikit-learn", "scipy", "tensorboard", "rich", "submitit"),
-    *("fsspec", "deepspeed", "xformers"),
+    *("matplotlib", "fsspec", "deepspeed", "xformers"),
 )
 
 

@@ -6,6 +6,9 @@ from torch import Tensor
 ANGLE_THRESHOLD = 4.0  # standard deviations above the mean (paper and released code)
 NORM_THRESHOLD = 8.0  # median absolute deviations above the median
 MIN_PATCHES = 196  # of the angle criterion: fewer than 17 can never be 4 deviations above their own mean
+# |cos| with the prediction from which a token lies along it. The paper's criterion is relative to the image:
+# where many patches lean towards the direction it asks for more than 1 and sees nothing.
+ALIGNED = 0.5
 
 
 def alignment(tokens: Tensor, direction: Tensor) -> Tensor:

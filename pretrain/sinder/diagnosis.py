@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.detection import (
+    ALIGNED,
     MIN_PATCHES,
     alignment,
     defective_by_angle,
@@ -21,9 +22,6 @@ Verdict = Literal["clean", "mild", "defective", "unknown"]
 # of a layer's patches that stand out by angle and by norm, and their norm over that of the others
 DEFECTIVE_SHARE, DEFECTIVE_RATIO = 0.002, 3.0
 MILD_SHARE, MILD_RATIO = 0.0005, 2.0
-# |cos| with the prediction. The paper's criterion is relative to the image (mean + 4 deviations): where many
-# patches lean towards the direction it asks for more than 1 and sees nothing.
-ALIGNED = 0.5
 
 
 @dataclass(frozen=True)

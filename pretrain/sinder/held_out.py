@@ -1,71 +1,92 @@
-"""What a repair changes on images it never saw: defects, by the original's thresholds, and features."""
+"""What a change of the weights does to images: defects, by the original's thresholds, and features."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from pretrain.models.vit import VisionTransformer
-from pretrain.sinder.detection import ANGLE_THRESHOLD, alignment
-from pretrain.sinder.hits import patch_grid, run_block
+from pretrain.sinder.detection import ALIGNED, ANGLE_THRESHOLD, MIN_PATCHES, NORM_THRESHOLD
+from pretrain.sinder.look import Look, look
 
 
-class Measure(NamedTuple):
+@dataclass(frozen=True)
+class Measure:
     """Figures of one state of a backbone, against the original one."""
 
-    shares: list[float]  # of defective patches after each block, by the original's thresholds
+    by_angle: list[float]  # share of defective patches after each block; 0 on grids below `MIN_PATCHES`
+    by_both: list[float]  # by their norm, and along the direction
     cls_cosine: float  # mean over images, of the normed class tokens
     patch_cosine: float  # mean over patches that were clean in the original, of the normed patch tokens
 
+    @property
+    def drift(self) -> tuple[float, float]:
+        """Cosines of class tokens and clean patches."""
+        return self.cls_cosine, self.patch_cosine
 
-class HeldOut:
-    """Images with the original's thresholds and features.
 
-    The angle criterion is relative to an image: what is left of repaired defects would be judged by a lower
-    threshold. So each image's threshold after each block is that of the original backbone.
+class Original:
+    """An original's features and thresholds, for each image after each block.
+
+    The criteria are relative to an image: what is left of repaired defects would be judged by lower thresholds.
     """
 
-    @torch.no_grad()
-    def __init__(self, backbone: VisionTransformer, images: Tensor, directions: Sequence[Tensor]) -> None:
+    def __init__(self, seen: Look) -> None:
+        """Take its thresholds.
+
+        Args:
+            seen: of the original, along the directions that its weights predict.
+        """
+        norms, cosines = seen.norms.flatten(2), seen.cosines.flatten(2)
+        middle = norms.median(dim=2, keepdim=True).values
+        spread = (norms - middle).abs().median(dim=2, keepdim=True).values.clamp(min=1e-12)
+        self.norm_limits = (middle + NORM_THRESHOLD * spread).unsqueeze(-1)  # (n, L, 1, 1)
+        angle = cosines.mean(dim=2, keepdim=True) + ANGLE_THRESHOLD * cosines.std(dim=2, keepdim=True)
+        self.angle_limits = angle.unsqueeze(-1) if norms.shape[2] >= MIN_PATCHES else torch.full((1,), 2.0)
+        self.cls, self.patches = seen.cls, seen.patches
+        self.clean = ~(self.by_angle(seen) | self.by_both(seen))[:, -1]  # (n, h, w)
+
+    def by_angle(self, seen: Look) -> Tensor:
+        """(n, L, h, w) bool."""
+        return seen.cosines > self.angle_limits
+
+    def by_both(self, seen: Look) -> Tensor:
+        """(n, L, h, w) bool."""
+        return (seen.norms > self.norm_limits) & (seen.cosines >= ALIGNED)
+
+    def measure(self, seen: Look) -> Measure:
+        """Figures of a look at the same images along the same directions, by another state or file."""
+        kept = cosine_similarity(seen.patches, self.patches, dim=-1)[self.clean]
+        return Measure(
+            self.by_angle(seen).float().mean(dim=(0, 2, 3)).tolist(),
+            self.by_both(seen).float().mean(dim=(0, 2, 3)).tolist(),
+            float(cosine_similarity(seen.cls, self.cls, dim=-1).mean()),
+            float(kept.mean()),
+        )
+
+
+class HeldOut:
+    """Images that a repair never trains on."""
+
+    def __init__(
+        self, backbone: VisionTransformer, images: Tensor, directions: Sequence[Tensor], batch_size: int
+    ) -> None:
         """Look at the original.
 
         Args:
             backbone: before the repair.
-            images: (n, C, S, S') on its device.
+            images: (n, C, S, S').
             directions: (D,) for each block.
+            batch_size: images at once.
         """
-        self.images, self.directions = images, directions
-        self.limits: list[Tensor] = []
-        clean = None
-        for cosines in self._cosines(backbone):
-            flat = cosines.flatten(1)
-            self.limits.append((flat.mean(dim=1) + ANGLE_THRESHOLD * flat.std(dim=1))[:, None, None])
-            clean = cosines <= self.limits[-1]
-        assert clean is not None
-        self.clean = clean.flatten(1)  # (n, N) by the last block
-        self.cls, self.patches = self._features(backbone)
+        self.images, self.directions, self.batch_size = images, directions, batch_size
+        self.original = Original(self._look(backbone))
 
-    @torch.no_grad()
     def measure(self, backbone: VisionTransformer) -> Measure:
         """The figures of a backbone as it is now."""
-        shares = [
-            float((cosines > limit).float().mean())
-            for cosines, limit in zip(self._cosines(backbone), self.limits, strict=True)
-        ]
-        cls, patches = self._features(backbone)
-        kept = cosine_similarity(patches, self.patches, dim=-1)[self.clean]
-        return Measure(shares, float(cosine_similarity(cls, self.cls, dim=-1).mean()), float(kept.mean()))
+        return self.original.measure(self._look(backbone))
 
-    def _cosines(self, backbone: VisionTransformer) -> list[Tensor]:
-        """|cos| to the direction after each block, (n, h, w)."""
-        tokens, found = backbone.embed(self.images), []
-        for index, direction in enumerate(self.directions):
-            tokens = run_block(backbone, index, tokens)
-            found.append(alignment(patch_grid(backbone, tokens, self.images).float(), direction))
-        return found
-
-    def _features(self, backbone: VisionTransformer) -> tuple[Tensor, Tensor]:
-        cls, _, patches = backbone([self.images])[0]
-        return cls.float(), patches.float()
+    def _look(self, backbone: VisionTransformer) -> Look:
+        return look(backbone, self.images, self.directions, self.batch_size)

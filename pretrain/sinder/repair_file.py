@@ -104,7 +104,7 @@ def repair_file(
         return _report("nothing to repair", before, None, None, 0, None, None, images)
     settings = replace(settings, criterion=replace(settings.criterion, first_block=before.first_layer or 0))
     plain = [layer.direction.float().to(device) for layer in directions]
-    held = HeldOut(backbone, held_images.to(device), plain)
+    held = HeldOut(backbone, held_images, plain, settings.batch_size)
     start = held.measure(backbone)
     repair = Repair(backbone, plain, settings)
     outcome = _train(repair, held, images, weights, order, watch)
@@ -140,7 +140,7 @@ def _train(
 
 def _drifted(measure: Measure, order: RepairOrder) -> bool:
     """Also where a figure is not a number."""
-    cls, patches = measure.cls_cosine, measure.patch_cosine
+    cls, patches = measure.drift
     return not (cls >= order.min_cls_cosine and patches >= order.min_patch_cosine)
 
 

@@ -79,9 +79,11 @@ def test_repair_removes_the_defect_and_keeps_the_rest(name, defective, photos, s
     assert done.status == 0, done.err
     export, original = read_export(out), read_export(path)
     report = export.about["sinder"]
-    for before, after in list(zip(report["before"][0], report["after"][0], strict=True))[BLOCK:]:
+    for before, after in list(zip(report["before"]["by_angle"], report["after"]["by_angle"], strict=True))[
+        BLOCK:
+    ]:
         assert before > 0.01 and after < before / 10
-    assert report["after"][1] > 0.99 and report["after"][2] > 0.99  # class token, clean patches
+    assert report["after"]["cls_cosine"] > 0.99 and report["after"]["patch_cosine"] > 0.99
     assert report["outcome"] in ("repaired", "images used up") and report["verdict_after"] != "defective"
     changed = {key for key in original.state if not torch.equal(original.state[key], export.state[key])}
     assert {key for key in changed if key.startswith(f"blocks.{BLOCK}.")}
@@ -141,7 +143,7 @@ def test_drift_stops_a_repair_at_the_last_good_state(defective, photos, sinder, 
     assert done.status == 0 and "stopped by drift" in done.out
     if out.exists():
         report = read_export(out).about["sinder"]
-        assert report["after"][1] >= 0.98 and report["after"][2] >= 0.98
+        assert report["after"]["cls_cosine"] >= 0.98 and report["after"]["patch_cosine"] >= 0.98
 
 
 def test_wrong_input_is_one_line(defective, photos, sinder, tmp_path):
