@@ -1,19 +1,21 @@
 """Find and repair singular defects (SINDER, arXiv 2407.16826): patch tokens that grow along one direction.
 
-    python tools/sinder.py diagnose dinov2_vitg14_pretrain.pth --images photos/
+    python tools/sinder.py diagnose dinov2_vitg14_pretrain.pth --images photos/ --report diagnosis.html
     python tools/sinder.py repair dinov2_vitg14_pretrain.pth --images photos/ --out repaired.pth
+    python tools/sinder.py compare dinov2_vitg14_pretrain.pth repaired.pth --images photos/ --report both.html
 
 Weights of any format that tools/surgery.py reads; images from a folder or from shards ('data/train-*.tar').
 `diagnose` says `clean`, `mild` or `defective` and why; without images only what the weights predict.
 `repair` trains singular values alone, watches held-out images, and writes the weights in the form they had;
 where there is nothing to repair it writes nothing. An interrupted repair goes on when the same command is
-given again.
+given again. `compare` lays copies of one model side by side, by the thresholds of the first.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,32 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
+from rich.table import Table as Shown
 
 from pretrain.command_line import Parser, exit_status
+from pretrain.config.derived import vit_shape
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights, read_weights
-from pretrain.sinder.diagnosis import Diagnosis, diagnose
+from pretrain.sinder.backbone import build_backbone
+from pretrain.sinder.comparison import Subject, compare
+from pretrain.sinder.diagnosis import diagnose
 from pretrain.sinder.directions import LayerDirection, defect_directions
+from pretrain.sinder.document import comparison_document, diagnosis_document
 from pretrain.sinder.held_out import Measure
 from pretrain.sinder.hits import Criterion
 from pretrain.sinder.images import ImageSet
+from pretrain.sinder.labels import Labels, read_masks
+from pretrain.sinder.look import look
 from pretrain.sinder.repair import RepairSettings, Step
-from pretrain.sinder.repair_file import RepairOrder, RepairReport, build_backbone, repair_file
+from pretrain.sinder.repair_file import RepairOrder, RepairReport, repair_file
+from pretrain.sinder.repair_log import RepairLog
+from pretrain.sinder.report import Report, figures_path, write_report
+from pretrain.sinder.tables import Table, diagnosis_table, shares_table, summary_table
 from pretrain.surgery.architecture import Settings
 
 DEFAULTS, METHOD = RepairOrder(Path()), RepairSettings()
+PICTURES = 6  # images that a report shows
+COUNTS = ("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least")
 out, errors = Console(highlight=False, markup=False, width=120), Console(stderr=True)
 bars = Progress(console=errors, transient=True, disable=not errors.is_terminal)
 
@@ -47,19 +60,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser("diagnose", help="are there defects, where, and how many", allow_abbrev=False)
     verb.set_defaults(run=run_diagnose)
-    _add_common(verb)
+    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
     verb.add_argument("--images", metavar="SRC", help="a folder, or a pattern of shards")
     verb.add_argument("--number", type=int, default=16, help="images to look at; default 16")
     verb.add_argument("--json", action="store_true", help="print JSON")
+    _add_common(verb)
     verb = verbs.add_parser("repair", help="train singular values until they are gone", allow_abbrev=False)
     verb.set_defaults(run=run_repair)
-    _add_common(verb)
+    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
     _add_repair(verb)
+    _add_common(verb)
+    verb = verbs.add_parser("compare", help="copies of one model on the same images", allow_abbrev=False)
+    verb.set_defaults(run=run_compare)
+    _add_compare(verb)
+    _add_common(verb)
     return parser.parse_args(arguments)
 
 
 def _add_common(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("source", metavar="CKPT", type=Path, help="weights of any known format")
+    verb.add_argument("--report", metavar="FILE.html", type=Path, help="a page with plots and pictures")
+    verb.add_argument("--force", action="store_true", help="replace files that are there")
     verb.add_argument("--size", type=int, help="pixels of the images; default: those of the position grid")
     verb.add_argument("--batch-size", type=int, default=8, help="images at once; default 8")
     verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -68,18 +88,24 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=int, default=0, help="of the order of the images; default 0")
 
 
+def _add_compare(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("sources", metavar="CKPT", type=Path, nargs="+", help="the original, then copies")
+    verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
+    verb.add_argument("--number", type=int, default=16, help="images to look at; default 16")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument("--masks", metavar="DIR", type=Path, help="NAME.png of classes for each image")
+    verb.add_argument("--knn-train", metavar="SHARDS", nargs="+", default=[], help="labelled, for k-NN")
+    verb.add_argument("--knn-test", metavar="SHARDS", nargs="+", default=[], help="likewise")
+
+
 def _add_repair(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
     verb.add_argument("--out", type=Path, required=True, help="where the repaired weights go")
-    verb.add_argument("--force", action="store_true", help="replace what is there")
+    verb.add_argument("--log", metavar="DIR", type=Path, help="a new folder, for TensorBoard")
     criterion = METHOD.criterion
     numbers = (
         ("--lr", METHOD.lr, "of SGD"),
-        (
-            "--limit-layers",
-            criterion.limit_layers,
-            "blocks that a defect may change, its own the last",
-        ),
+        ("--limit-layers", criterion.limit_layers, "blocks that a defect may change, its own the last"),
         ("--least", criterion.least, "defective patches that make an image count"),
         ("--max-images", METHOD.max_images, "images to train on, again and again where there are fewer"),
         ("--window", METHOD.window, "last images that --stop-share looks at"),
@@ -94,30 +120,28 @@ def _add_repair(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--bf16", action="store_true", help="blocks in bfloat16")
 
 
-COUNTS = ("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least")
-
-
-def _read(options: argparse.Namespace) -> tuple[Weights, list[LayerDirection]]:
-    for name in (
-        "batch_size",
-        "number",
-        "window",
-        "max_images",
-        "check_every",
-        "held_out",
-        "limit_layers",
-        "least",
-    ):
+def check(options: argparse.Namespace) -> None:
+    """Refuse what can be refused before anything is read."""
+    for name in COUNTS:
         if getattr(options, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
-    weights = read_weights(options.source, options.branch, Settings(num_heads=options.num_heads))
-    task = bars.add_task("predicting directions", total=1 + max_block(weights))
-    return weights, defect_directions(weights.state, weights.model, advance=lambda n: bars.advance(task, n))
+    report: Path | None = options.report
+    if report is None:
+        return
+    if report.suffix != ".html":
+        raise InputError(f"--report: {report} must end in .html; figures go beside it, in .figures.json")
+    for path in (report, figures_path(report)):
+        if path.exists() and not options.force:
+            raise InputError(f"--report: {path} exists; choose another name, or --force")
 
 
-def max_block(weights: Weights) -> int:
-    """The last block's number."""
-    return max(int(name.split(".")[1]) for name in weights.state if name.startswith("blocks."))
+def _read(options: argparse.Namespace, path: Path) -> Weights:
+    return read_weights(path, options.branch, Settings(num_heads=options.num_heads))
+
+
+def _predict(weights: Weights) -> list[LayerDirection]:
+    task = bars.add_task("predicting directions", total=vit_shape(weights.model).depth)
+    return defect_directions(weights.state, weights.model, advance=lambda n: bars.advance(task, n))
 
 
 def _images(options: argparse.Namespace, weights: Weights) -> ImageSet:
@@ -131,68 +155,97 @@ def _images(options: argparse.Namespace, weights: Weights) -> ImageSet:
     return ImageSet(options.images, size)
 
 
+def _chosen(images: ImageSet, places: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+    indices, pixels = images.chosen(places)
+    for line in images.damaged:
+        print(f"sinder.py: left out: {line}", file=sys.stderr)
+    return indices, pixels
+
+
 def run_diagnose(options: argparse.Namespace) -> int:
     """Print a diagnosis."""
-    weights, directions = _read(options)
-    batches: list[torch.Tensor] = []
+    weights = _read(options, options.sources[0])
+    pixels = None
     if options.images:
         images = _images(options, weights)
-        if len(images) < options.number:
-            raise InputError(
-                f"--images: {options.images} holds {len(images)}, {options.number} are asked for"
-            )
-        order = images.shuffled(options.seed)
-        chosen = images.batch([order(place) for place in range(options.number)])
-        for line in images.damaged:
-            print(f"sinder.py: left out: {line}", file=sys.stderr)
-        if chosen is None:
-            raise InputError(f"--images: all of them are damaged, as {images.damaged[0]}")
-        batches = list(chosen.split(options.batch_size))
+        _, pixels = _chosen(images, images.drawn(options.seed, options.number))
+    directions = _predict(weights)
     backbone = build_backbone(weights, torch.device(options.device))
-    found = diagnose(backbone, directions, batches)
+    batches = () if pixels is None else pixels.split(options.batch_size)
+    task = bars.add_task("looking at images", total=0 if pixels is None else len(pixels))
+    found = diagnose(backbone, directions, batches, lambda n: bars.advance(task, n))
+    subject = Subject(weights.path.stem, directions, found)
     if options.json:
-        print(json.dumps(_document(found, directions), indent=1))
+        print(json.dumps(diagnosis_document(subject), indent=1))
     else:
-        _print_diagnosis(found, directions)
+        _print(diagnosis_table(subject))
+        print(f"{found.verdict}: {found.reason}")
+    if options.report:
+        if pixels is not None:
+            shown, plain = pixels[:PICTURES], [layer.direction.float() for layer in directions]
+            seen = look(backbone, shown, plain, options.batch_size)
+            subject = Subject(subject.name, directions, found, seen)
+        _report(options, [subject], pixels, diagnosis_document(subject))
     return 0
 
 
-def _document(found: Diagnosis, directions: list[LayerDirection]) -> dict[str, Any]:
-    layers = []
-    for index, direction in enumerate(directions):
-        facts = asdict(direction)
-        facts["direction"] = direction.direction.tolist()
-        seen = asdict(found.layers[index]) if found.layers else {}
-        layers.append({"block": index, **facts, **seen})
-    share = found.map.tolist() if found.map is not None else None
-    head = {"verdict": found.verdict, "reason": found.reason, "first_block": found.first_layer}
-    return {**head, "images": found.images, "map": share, "layers": layers}
+def run_compare(options: argparse.Namespace) -> int:
+    """Print what several models show on the same images."""
+    if bool(options.knn_train) != bool(options.knn_test):
+        raise InputError("--knn-train and --knn-test: one is given without the other")
+    files = [_read(options, path) for path in options.sources]
+    images = _images(options, files[0])
+    indices, pixels = _chosen(images, images.drawn(options.seed, options.number))
+    masks = read_masks(options.masks, images, indices) if options.masks else None
+    labels = Labels(options.knn_train, options.knn_test, masks)
+    subjects = _compare(options, files, pixels, labels)
+    if options.json:
+        print(json.dumps(comparison_document(subjects), indent=1))
+    else:
+        _print_comparison(subjects)
+    if options.report:
+        _report(options, subjects, pixels, comparison_document(subjects))
+    return 0
 
 
-def _print_diagnosis(found: Diagnosis, directions: list[LayerDirection]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("block", "gain", "gap", "growth", "growth gap"):
-        table.add_column(name, justify="right")
-    for name in ("by angle %", "by norm %", "both %", "times as long", "to prediction", "between images"):
-        if found.layers:
-            table.add_column(name, justify="right")
-    for index, layer in enumerate(directions):
-        row = [f"{index}", f"{layer.gain:.2f}", f"{layer.gain_gap:.2f}"]
-        row += [f"e^{layer.log_growth:.1f}", f"{layer.growth_gap:.2f}"]
-        if found.layers:
-            seen = found.layers[index]
-            row += [f"{100 * share:.2f}" for share in (seen.by_angle, seen.by_norm, seen.by_both)]
-            row += [f"{seen.norm_ratio:.1f}", f"{seen.predicted_cosine:.2f}", f"{seen.between_images:.2f}"]
-        table.add_row(*row)
-    out.print(table)
-    print(f"{found.verdict}: {found.reason}")
+def _compare(
+    options: argparse.Namespace, files: Sequence[Weights], pixels: torch.Tensor, labels: Labels | None
+) -> list[Subject]:
+    stems = [weights.path.stem for weights in files]
+    names = [stem if stems.count(stem) == 1 else str(w.path) for stem, w in zip(stems, files, strict=True)]
+    task = bars.add_task("comparing", total=2 * len(files) * len(pixels))
+    device = torch.device(options.device)
+    return compare(files, names, pixels, device, options.batch_size, labels, lambda n: bars.advance(task, n))
+
+
+def _report(
+    options: argparse.Namespace,
+    subjects: Sequence[Subject],
+    pixels: torch.Tensor | None,
+    figures: dict[str, Any],
+) -> None:
+    facts = {subject.name: str(path) for subject, path in zip(subjects, _files(options), strict=True)}
+    if pixels is not None:
+        facts["images"] = f"{len(pixels)} of {options.images}, {pixels.shape[-1]} px, seed {options.seed}"
+    facts["command"] = " ".join(["sinder.py", *sys.argv[1:]])
+    shown = None if pixels is None else pixels[:PICTURES]
+    title = "Singular defects of " + ", ".join(subject.name for subject in subjects)
+    write_report(options.report, Report(title, subjects, shown, facts), figures)
+    print(f"sinder.py: wrote {options.report}", file=sys.stderr)
+
+
+def _files(options: argparse.Namespace) -> list[Path]:
+    """The files that a report is about."""
+    return [*options.sources, *([options.out] if hasattr(options, "out") else [])]
 
 
 def run_repair(options: argparse.Namespace) -> int:
     """Repair, and say what changed."""
-    weights, directions = _read(options)
+    weights = _read(options, options.sources[0])
+    images, directions = _images(options, weights), _predict(weights)
+    criterion = Criterion(least=options.least, limit_layers=options.limit_layers)
     settings = RepairSettings(
-        Criterion(least=options.least, limit_layers=options.limit_layers),
+        criterion,
         lr=options.lr,
         batch_size=options.batch_size,
         max_images=options.max_images,
@@ -212,44 +265,63 @@ def run_repair(options: argparse.Namespace) -> int:
         options.device,
     )
     task = bars.add_task("repairing", total=options.max_images)
-    report = repair_file(weights, directions, _images(options, weights), settings, order, _watch(task))
-    _print_report(options.out, report)
+    goes_on = order.progress.exists()
+    with closing(RepairLog(options.log, goes_on)) as log:
+        report = repair_file(weights, directions, images, settings, order, _watch(task, log))
+    _print_repair(options.out, report)
+    if options.report and options.out.exists():
+        _, pixels = images.chosen(images.held_out(options.seed, options.held_out))
+        subjects = _compare(options, [weights, _read(options, options.out)], pixels, None)
+        _report(options, subjects, pixels, comparison_document(subjects))
     return 0
 
 
-def _watch(task: TaskID) -> Any:
+def _watch(task: TaskID, log: RepairLog) -> Any:
     def watch(step: Step, measure: Measure | None) -> None:
         text = f"{step.defective_patches} defective patches, {100 * step.clean_share:.0f} % of images clean"
         bars.update(task, completed=step.images, description=text)
+        log.write(step, measure)
         if measure is not None:
-            cosines = f"class token {measure.cls_cosine:.4f}, clean patches {measure.patch_cosine:.4f}"
-            share = 100 * max(measure.by_both)
-            print(
-                f"{step.images} images: {share:.2f} % defective held-out patches, {cosines}", file=sys.stderr
-            )
+            cls, patches = measure.drift
+            share = f"{100 * max(measure.by_both):.2f} % defective held-out patches"
+            cosines = f"class token {cls:.4f}, clean patches {patches:.4f}"
+            print(f"{step.images} images: {share}, {cosines}", file=sys.stderr)
 
     return watch
 
 
-def _print_report(path: Path, report: RepairReport) -> None:
+def _print(table: Table) -> None:
+    shown = Shown(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(table.headings):
+        shown.add_column(name, justify="right" if index else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    out.print(shown)
+
+
+def _print_comparison(subjects: Sequence[Subject]) -> None:
+    measures = [subject.measure for subject in subjects if subject.measure]
+    _print(shares_table([subject.name for subject in subjects], measures))
+    _print(summary_table(subjects))
+
+
+def _print_repair(path: Path, report: RepairReport) -> None:
     print(f"before: {report.verdict_before}: {report.reason_before}")
     for line in report.damaged_images:
         print(f"left out: {line}")
     if report.before is None or report.after is None:
         print("nothing to repair, nothing written")
         return
-    table = Table("", "before", "after", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, (first, last) in enumerate(zip(report.before.by_both, report.after.by_both, strict=True)):
-        table.add_row(f"defective patches after block {index}", f"{100 * first:.2f} %", f"{100 * last:.2f} %")
-    table.add_row("class token, cosine to the original", "", f"{report.after.cls_cosine:.4f}")
-    table.add_row("clean patches, cosine to the original", "", f"{report.after.patch_cosine:.4f}")
-    out.print(table)
+    _print(shares_table(["before", "after"], [report.before, report.after]))
+    cls, patches = report.after.drift
+    print(f"cosine to the original: class token {cls:.4f}, clean patches {patches:.4f}")
     print(f"{path}: {report.outcome} after {report.images} images; now {report.verdict_after}")
 
 
 def main() -> int:
     """Run one verb."""
     options = parse(sys.argv[1:])
+    check(options)
     with bars:
         return int(options.run(options))
 

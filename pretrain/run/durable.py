@@ -35,5 +35,5 @@ def write_text(path: Path, text: str) -> None:
         OSError: the disk is full or failed, or the folder is missing.
     """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     publish(temporary, path)

@@ -30,7 +30,7 @@ class Measure:
 class Original:
     """An original's features and thresholds, for each image after each block.
 
-    The criteria are relative to an image: what is left of repaired defects would be judged by lower thresholds.
+    The criteria are relative to an image: they would judge what is left of repaired defects by lower limits.
     """
 
     def __init__(self, seen: Look) -> None:

@@ -81,6 +81,34 @@ class ImageSet:
         found = [image for image in map(self.read, indices) if image is not None]
         return torch.stack(found) if found else None
 
+    def chosen(self, places: Sequence[int]) -> tuple[list[int], Tensor]:
+        """The undamaged ones of these images: their indices, and (n, C, size, size).
+
+        Raises:
+            InputError: all of them are damaged.
+        """
+        read = {index: self.read(index) for index in places}
+        found = {index: image for index, image in read.items() if image is not None}
+        if not found:
+            raise InputError(f"--images: all that are wanted are damaged, as {self.damaged[0]}")
+        return list(found), torch.stack(list(found.values()))
+
+    def drawn(self, seed: int, number: int) -> list[int]:
+        """Indices of the first images of the seeded order.
+
+        Raises:
+            InputError: there are fewer.
+        """
+        if len(self) < number:
+            raise InputError(f"--images: {self.source} holds {len(self)}, {number} are asked for")
+        order = self.shuffled(seed)
+        return [order(place) for place in range(number)]
+
+    def held_out(self, seed: int, number: int) -> list[int]:
+        """Indices of the last images of the seeded order, which no repair trains on."""
+        order = self.shuffled(seed)
+        return [order(place) for place in range(len(self) - number, len(self))]
+
     def shuffled(self, seed: int) -> Permutation:
         """The order in which a repair sees them."""
         return Permutation(len(self), stream_key(seed, "sinder", "images"))

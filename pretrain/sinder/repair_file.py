@@ -18,8 +18,8 @@ from pretrain.export.own import map_safetensors
 from pretrain.export.provenance import with_entry
 from pretrain.export.targets import check_free, write_weights
 from pretrain.export.weights import Weights
-from pretrain.models.vit import VisionTransformer
 from pretrain.run.durable import publish
+from pretrain.sinder.backbone import build_backbone
 from pretrain.sinder.diagnosis import Diagnosis, diagnose
 from pretrain.sinder.directions import LayerDirection
 from pretrain.sinder.held_out import HeldOut, Measure
@@ -42,6 +42,11 @@ class RepairOrder:
     min_patch_cosine: float = 0.98  # likewise, of clean patches
     device: str = "cpu"
 
+    @property
+    def progress(self) -> Path:
+        """The file from which an interrupted repair goes on."""
+        return self.out.with_name(self.out.name + ".progress")
+
 
 @dataclass(frozen=True)
 class RepairReport:
@@ -59,15 +64,6 @@ class RepairReport:
 
 
 Watch = Callable[[Step, Measure | None], Any]
-
-
-def build_backbone(weights: Weights, device: torch.device) -> VisionTransformer:
-    """The model with the weights, in fp32 on a device."""
-    with torch.device("meta"):
-        backbone = VisionTransformer(weights.model, "sdpa")
-    state = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights.state.items()}
-    backbone.load_state_dict(state, assign=True)
-    return backbone.requires_grad_(False).eval()
 
 
 def repair_file(
@@ -94,11 +90,7 @@ def repair_file(
         )
     device = torch.device(order.device)
     backbone = build_backbone(weights, device)
-    shuffled = images.shuffled(settings.seed)
-    held_positions = [shuffled(place) for place in range(len(images) - order.held_out, len(images))]
-    held_images = images.batch(held_positions)
-    if held_images is None:
-        raise InputError(f"--images: all held-out images are damaged, as {images.damaged[0]}")
+    _, held_images = images.chosen(images.held_out(settings.seed, order.held_out))
     before = diagnose(backbone, directions, held_images.split(settings.batch_size))
     if before.verdict == "clean":
         return _report("nothing to repair", before, None, None, 0, None, None, images)
@@ -120,7 +112,7 @@ def _train(
     repair: Repair, held: HeldOut, images: ImageSet, weights: Weights, order: RepairOrder, watch: Watch
 ) -> Outcome:
     """Step until the repair is finished or features drift too far; then the last good state counts."""
-    progress = _Progress(order.out, weights, repair.settings)
+    progress = _Progress(order.progress, weights, repair.settings)
     progress.load(repair)
     good, checked = repair.state_dict(), repair.images
     for taken, batch in batches(images, repair.settings, repair.images, len(images) - order.held_out):
@@ -147,8 +139,8 @@ def _drifted(measure: Measure, order: RepairOrder) -> bool:
 class _Progress:
     """The state of an interrupted repair, beside its target."""
 
-    def __init__(self, out: Path, weights: Weights, settings: RepairSettings) -> None:
-        self.path = out.with_name(out.name + ".progress")
+    def __init__(self, path: Path, weights: Weights, settings: RepairSettings) -> None:
+        self.path = path
         self.key = json.dumps({"settings": asdict(settings), "weights": _fingerprint(weights.state)})
 
     def load(self, repair: Repair) -> None:
@@ -209,4 +201,4 @@ def _write(repair: Repair, weights: Weights, order: RepairOrder, report: RepairR
     form = weights.form
     repaired = repair.repaired(weights.state)
     write_weights(order.out, form.target, repaired, weights.model, about, form.chunks, form.split_swiglu)
-    order.out.with_name(order.out.name + ".progress").unlink(missing_ok=True)
+    order.progress.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""Linear segmentation of frozen patch tokens: can a linear map tell the class of each pixel."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from pretrain.errors import InputError
+from pretrain.seeding import numpy_stream
+
+IGNORED = 255  # label of pixels that do not count
+ROWS = 20_000  # patches that the probe is fitted on, drawn from all
+ITERATIONS = 300  # of lbfgs; it usually ends earlier
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """Over all pixels of the test images."""
+
+    miou: float  # percent, mean over the classes that occur
+    accuracy: float  # percent of pixels
+    classes: list[int]
+    iou: list[float]  # percent, of each class
+
+
+def linear_segmentation(
+    train: Tensor, train_masks: Tensor, test: Tensor, test_masks: Tensor, seed: int = 0
+) -> SegmentationScores:
+    """Fit a linear classifier of patches, score it on pixels.
+
+    A patch's label is the class that most of its pixels have. On test images the classifier's scores are
+    enlarged bilinearly to the masks' size, as DINOv2's linear evaluation does.
+
+    Args:
+        train: (n, h, w, D) patch tokens.
+        train_masks: (n, S, S') int64 classes of pixels, S and S' multiples of h and w; 255 = does not count.
+        test: (m, h, w, D).
+        test_masks: (m, S, S').
+        seed: of the patches that are drawn where there are too many.
+
+    Raises:
+        InputError: fewer than two classes to tell apart.
+    """
+    probe = _fit(train, _patch_labels(train_masks, *train.shape[1:3]), seed)
+    classes = probe[-1].classes_.tolist()
+    size = max(*classes, *test_masks[test_masks != IGNORED].unique().tolist()) + 1
+    confusion = torch.zeros(size, size, dtype=torch.int64)
+    for tokens, mask in zip(test, test_masks, strict=True):
+        predicted = torch.tensor(classes)[_scores(probe, tokens, mask.shape).argmax(dim=0)]
+        counts = mask != IGNORED
+        pairs = mask[counts] * size + predicted[counts]
+        confusion += torch.bincount(pairs, minlength=size * size).view(size, size)
+    return _summary(confusion)
+
+
+def _patch_labels(masks: Tensor, rows: int, cols: int) -> Tensor:
+    """(n, S, S') to (n, rows, cols): the most frequent class of each patch, 255 included."""
+    number, height, width = masks.shape
+    cells = masks.view(number, rows, height // rows, cols, width // cols).transpose(2, 3).flatten(3)
+    return cells.mode(dim=-1).values
+
+
+def _fit(tokens: Tensor, labels: Tensor, seed: int) -> Pipeline:
+    rows, classes = tokens.flatten(0, 2), labels.flatten()
+    rows, classes = rows[classes != IGNORED], classes[classes != IGNORED]
+    if len(classes.unique()) < 2:
+        raise InputError("the masks of the training half show one class only; a probe needs two or more")
+    if len(classes) > ROWS:
+        chosen = numpy_stream(seed, "segmentation").permutation(len(classes))[:ROWS]
+        rows, classes = rows[chosen], classes[chosen]
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=ITERATIONS))
+    return probe.fit(rows.numpy(), classes.numpy())
+
+
+def _scores(probe: Pipeline, tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """Scores of the classes, (h, w, D) to (classes, S, S')."""
+    scores = probe.decision_function(tokens.flatten(0, 1).numpy())
+    if scores.ndim == 1:
+        scores = np.stack([-scores, scores], axis=1)  # of two classes there is one score
+    grid = torch.from_numpy(scores).T.unflatten(1, tokens.shape[:2])
+    return interpolate(grid[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def _summary(confusion: Tensor) -> SegmentationScores:
+    """Rows are true classes, columns predicted ones."""
+    hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    present = confusion.sum(1) > 0
+    iou = 100 * hits[present] / union[present]
+    accuracy = 100 * hits.sum() / confusion.sum().clamp(min=1)
+    miou = float(iou.mean()) if present.any() else math.nan
+    return SegmentationScores(miou, float(accuracy), present.nonzero()[:, 0].tolist(), iou.tolist())
