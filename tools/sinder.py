@@ -63,6 +63,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
     verb.add_argument("--images", metavar="SRC", help="a folder, or a pattern of shards")
     verb.add_argument("--number", type=int, default=16, help="images to look at; default 16")
+    verb.add_argument("--biases", action="store_true", help="predict with biases too (homogeneous variant)")
     verb.add_argument("--json", action="store_true", help="print JSON")
     _add_common(verb)
     verb = verbs.add_parser("repair", help="train singular values until they are gone", allow_abbrev=False)
@@ -139,9 +140,9 @@ def _read(options: argparse.Namespace, path: Path) -> Weights:
     return read_weights(path, options.branch, Settings(num_heads=options.num_heads))
 
 
-def _predict(weights: Weights) -> list[LayerDirection]:
+def _predict(weights: Weights, biases: bool = False) -> list[LayerDirection]:
     task = bars.add_task("predicting directions", total=vit_shape(weights.model).depth)
-    return defect_directions(weights.state, weights.model, advance=lambda n: bars.advance(task, n))
+    return defect_directions(weights.state, weights.model, biases, lambda n: bars.advance(task, n))
 
 
 def _images(options: argparse.Namespace, weights: Weights) -> ImageSet:
@@ -169,7 +170,7 @@ def run_diagnose(options: argparse.Namespace) -> int:
     if options.images:
         images = _images(options, weights)
         _, pixels = _chosen(images, images.drawn(options.seed, options.number))
-    directions = _predict(weights)
+    directions = _predict(weights, options.biases)
     backbone = build_backbone(weights, torch.device(options.device))
     batches = () if pixels is None else pixels.split(options.batch_size)
     task = bars.add_task("looking at images", total=0 if pixels is None else len(pixels))

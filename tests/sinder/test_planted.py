@@ -67,8 +67,10 @@ def test_a_clean_model_is_clean_and_nothing_is_written(name, clean, photos, sind
 
 
 def test_weights_alone_predict_and_do_not_judge(defective, sinder):
-    done = sinder("diagnose", defective["mlp"][0])
-    assert done.status == 0 and "unknown: weights predict where tokens would grow" in done.out
+    plain, biased = (sinder("diagnose", defective["mlp"][0], *flags) for flags in ((), ("--biases",)))
+    for done in (plain, biased):
+        assert done.status == 0 and "unknown: weights predict where tokens would grow" in done.out
+    assert plain.out != biased.out
 
 
 @pytest.mark.parametrize("name", MODELS)
