@@ -104,7 +104,8 @@ def cls_attention(model: VisionTransformer, images: Tensor) -> Tensor:
     # Queries and keys are computed a second time within the forward, where every engine has the weights.
     hook = cast(Block, model.blocks[-1]).attn.register_forward_pre_hook(look)
     try:
-        model([images])
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not notice the hook
+            model([images])
     finally:
         hook.remove()
     prefix = 1 + model.cfg.num_register_tokens

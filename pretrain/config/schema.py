@@ -298,6 +298,17 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
+class ArtifactsConfig:
+    """Singular defects of the teacher: which patch tokens stand out after each block; see docs/sinder.md."""
+
+    shards: list[str] = field(
+        default_factory=list
+    )  # the first images of these, labelled or not; empty = none
+    number: int = 16  # images
+    every: int = 1_000  # steps; 0 = only at the end
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written while the run trains."""
 
@@ -307,6 +318,7 @@ class LogConfig:
     profile_steps: list[int] = field(default_factory=list)  # [first, last]: trace steps first to last - 1
     knn: KnnConfig = field(default_factory=KnnConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
 
 
 @dataclass(frozen=True)

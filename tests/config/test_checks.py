@@ -113,6 +113,8 @@ REFUSED = [
     ),
     (["log.knn.train=a.tar"], "log.knn.test: k-NN needs train and test shards"),
     (["log.knn.test=a.tar"], "log.knn.train: k-NN needs train and test shards"),
+    (["log.artifacts.number=0"], "log.artifacts.number: must be at least 1"),
+    (["log.artifacts.every=-1"], "log.artifacts.every: must be 0 or more"),
     (["log.knn.crop=272"], "log.knn.crop: 272 px is larger than log.knn.resize=256"),
 ]
 
