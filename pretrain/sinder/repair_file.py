@@ -1,6 +1,5 @@
 """Repairs a file of weights: diagnosis before and after, a watch on drift, resumable, in the form it had."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.analysis.backbone import build_backbone
+from pretrain.analysis.backbone import build_backbone, fingerprint
 from pretrain.analysis.images import ImageSet
 from pretrain.errors import InputError, first_line
 from pretrain.export.own import map_safetensors
@@ -141,7 +140,7 @@ class _Progress:
 
     def __init__(self, path: Path, weights: Weights, settings: RepairSettings) -> None:
         self.path = path
-        self.key = json.dumps({"settings": asdict(settings), "weights": _fingerprint(weights.state)})
+        self.key = json.dumps({"settings": asdict(settings), "weights": fingerprint(weights.state)})
 
     def load(self, repair: Repair) -> None:
         """Go on with it, if there is one.
@@ -170,14 +169,6 @@ class _Progress:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise InputError(f"{self.path}: cannot be written ({first_line(error)})") from error
-
-
-def _fingerprint(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _report(
