@@ -2,12 +2,13 @@
 
     python tools/sinder.py diagnose dinov2_vitg14_pretrain.pth --images photos/
     python tools/sinder.py repair dinov2_vitg14_pretrain.pth --images photos/ --out repaired.pth
+    python tools/sinder.py registers dinov2_vitl14_pretrain.pth --images photos/ --out with.safetensors
 
 Weights of any format that tools/surgery.py reads; images from a folder or from shards ('data/train-*.tar').
 `diagnose` says `clean`, `mild` or `defective` and why; without images only what the weights predict.
 `repair` trains singular values alone, watches held-out images, and writes the weights in the form they had;
 where there is nothing to repair it writes nothing. An interrupted repair goes on when the same command is
-given again.
+given again. `registers` changes no weight: an export gets a test-time register instead (arXiv 2506.08010).
 """
 
 import argparse
@@ -31,11 +32,14 @@ from pretrain.sinder.directions import LayerDirection, defect_directions
 from pretrain.sinder.held_out import Measure
 from pretrain.sinder.hits import Criterion
 from pretrain.sinder.images import ImageSet
+from pretrain.sinder.registers_file import RegistersOrder, registers_file
+from pretrain.sinder.registers_report import report_parts
 from pretrain.sinder.repair import RepairSettings, Step
 from pretrain.sinder.repair_file import RepairOrder, RepairReport, build_backbone, repair_file
 from pretrain.surgery.architecture import Settings
 
 DEFAULTS, METHOD = RepairOrder(Path()), RepairSettings()
+REGISTERS = RegistersOrder(Path())
 out, errors = Console(highlight=False, markup=False, width=120), Console(stderr=True)
 bars = Progress(console=errors, transient=True, disable=not errors.is_terminal)
 
@@ -55,6 +59,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     verb.set_defaults(run=run_repair)
     _add_common(verb)
     _add_repair(verb)
+    verb = verbs.add_parser("registers", help="a test-time register instead of a repair", allow_abbrev=False)
+    verb.set_defaults(run=run_registers)
+    _add_common(verb)
+    _add_registers(verb)
     return parser.parse_args(arguments)
 
 
@@ -92,6 +100,23 @@ def _add_repair(verb: argparse.ArgumentParser) -> None:
     for name, default, text in numbers:
         verb.add_argument(name, type=type(default), default=default, help=f"{text}; default {default:g}")
     verb.add_argument("--bf16", action="store_true", help="blocks in bfloat16")
+
+
+def _add_registers(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
+    verb.add_argument("--out", type=Path, required=True, help="where the export goes: *.safetensors")
+    verb.add_argument("--hook", type=Path, metavar="FILE.py", help="also write a hook for transformers")
+    verb.add_argument("--force", action="store_true", help="replace what is there")
+    verb.add_argument("--neurons", type=int, help="how many; default: the fewest of a ladder that do")
+    verb.add_argument("--last-block", type=int, help="of the neurons; default: the first defective one")
+    numbers = (
+        ("--number", REGISTERS.number, "images to find neurons on"),
+        ("--held-out", REGISTERS.held_out, "other images, for all figures"),
+        ("--min-cls-cosine", REGISTERS.min_cls_cosine, "of class tokens with the original's: else not taken"),
+        ("--min-patch-cosine", REGISTERS.min_patch_cosine, "of clean patches, likewise"),
+    )
+    for name, default, text in numbers:
+        verb.add_argument(name, type=type(default), default=default, help=f"{text}; default {default:g}")
 
 
 COUNTS = ("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least")
@@ -245,6 +270,32 @@ def _print_report(path: Path, report: RepairReport) -> None:
     table.add_row("clean patches, cosine to the original", "", f"{report.after.patch_cosine:.4f}")
     out.print(table)
     print(f"{path}: {report.outcome} after {report.images} images; now {report.verdict_after}")
+
+
+def run_registers(options: argparse.Namespace) -> int:
+    """Find register neurons, and say what they do."""
+    weights, directions = _read(options)
+    order = RegistersOrder(
+        options.out,
+        options.hook,
+        sys.argv[1:],
+        options.force,
+        options.neurons,
+        options.last_block,
+        options.number,
+        options.held_out,
+        options.batch_size,
+        options.seed,
+        options.min_cls_cosine,
+        options.min_patch_cosine,
+        options.device,
+    )
+    task = bars.add_task("finding neurons", total=options.number)
+    images = _images(options, weights)
+    report = registers_file(weights, directions, images, order, lambda n: bars.advance(task, n))
+    for part in report_parts(options.out, options.hook, report):
+        print(part) if isinstance(part, str) else out.print(part)
+    return 0
 
 
 def main() -> int:

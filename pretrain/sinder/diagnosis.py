@@ -137,10 +137,14 @@ def diagnose(
         return Diagnosis("unknown", reason, None, [], 0, None)
     layers = evidence.layers()
     verdict, first, reason = judge(layers)
-    worst = max(range(len(layers)), key=lambda index: layers[index].by_both)
-    counted = evidence.maps[worst]
+    counted = evidence.maps[worst_layer(layers)]
     share = None if counted is None else counted / evidence.images
     return Diagnosis(verdict, reason, first, layers, evidence.images, share)
+
+
+def worst_layer(layers: Sequence[LayerStatistics]) -> int:
+    """The block after which most patches are defective by both criteria."""
+    return max(range(len(layers)), key=lambda index: layers[index].by_both)
 
 
 def judge(layers: Sequence[LayerStatistics]) -> tuple[Verdict, int | None, str]:
