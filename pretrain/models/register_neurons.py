@@ -18,7 +18,8 @@ def move_to_register(hidden: Tensor, layout: Layout, prefix: int, neurons: Seque
     """Activations of a feed-forward layer, those of the register neurons moved to the test-time register.
 
     It gets the value of largest magnitude, with its sign, among all tokens of its sequence; patches get 0;
-    the class token and trained registers keep theirs (paper, algorithm 1).
+    the class token and trained registers keep theirs. (The released code takes the largest value instead, and
+    gives trained registers 0.)
 
     Args:
         hidden: (T, M) of packed sequences.

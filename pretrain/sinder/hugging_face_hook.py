@@ -54,11 +54,11 @@ def _last_linear(model: Any, block: int, units: Sequence[int]) -> nn.Linear:
     """The layer whose input are the activations of a block's hidden units."""
     layers = model.encoder.layer
     if block >= len(layers):
-        raise ValueError(f"the neurons are those of another model: it has {len(layers)} blocks, not {block}")
+        raise ValueError(f"the neurons are of another model: this one has no block {block}")
     mlp = layers[block].mlp
     linear: nn.Linear = next(getattr(mlp, name) for name in LAST_LINEAR if hasattr(mlp, name))
     if max(units) >= linear.in_features:
-        raise ValueError(f"the neurons are those of another model: there is no hidden unit {max(units)}")
+        raise ValueError(f"the neurons are of another model: block {block} here has no unit {max(units)}")
     return linear
 
 
