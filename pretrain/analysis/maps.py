@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain.config.derived import prefix_tokens
 from pretrain.errors import InputError
 from pretrain.models.attention import Attention
 from pretrain.models.block import Block
@@ -108,7 +109,7 @@ def cls_attention(model: VisionTransformer, images: Tensor) -> Tensor:
             model([images])
     finally:
         hook.remove()
-    prefix = 1 + model.cfg.num_register_tokens
+    prefix = prefix_tokens(model.cfg)
     rows, cols = (side // model.patch_size for side in images.shape[-2:])
     return shares[0][..., prefix:].reshape(len(images), -1, rows, cols)
 

@@ -36,6 +36,8 @@ class ModelConfig:
     img_width: int | None = None  # pixels; columns of a position grid that is not square; null = img_size
     in_channels: int = 3  # of the images, as data.channels
     num_register_tokens: int = 0  # 4 in the released "reg" models
+    register_neurons: list[list[int]] = field(default_factory=list)  # [block, hidden unit] pairs whose
+    # activations move to one more token at inference (arXiv 2506.08010); tools/sinder.py finds them
     ffn_layer: Literal["mlp", "swiglu"] = "mlp"  # swiglu = DINOv2's swiglufused
     ffn_ratio: float = 4.0  # hidden width / D, before SwiGLU's 2/3
     layer_scale: float | None = 1e-5  # initial LayerScale; null = no LayerScale

@@ -60,6 +60,7 @@ class RepairReport:
     before: Measure | None
     after: Measure | None
     damaged_images: list[str]
+    written: bool
 
 
 Watch = Callable[[Step, Measure | None], Any]
@@ -103,6 +104,7 @@ def repair_file(
     after = diagnose(backbone, directions, held_images.split(settings.batch_size))
     report = _report(outcome, before, after, before.first_layer, repair.images, start, end, images)
     if any(layer.epsilon.any() for layer in repair.layers.values()):
+        report = replace(report, written=True)
         _write(repair, weights, order, report)
     return report
 
@@ -183,12 +185,16 @@ def _report(
 ) -> RepairReport:
     verdict = after.verdict if after else None
     damaged = sorted(set(images.damaged))
-    return RepairReport(outcome, before.verdict, before.reason, verdict, first, number, start, end, damaged)
+    return RepairReport(
+        outcome, before.verdict, before.reason, verdict, first, number, start, end, damaged, False
+    )
 
 
 def _write(repair: Repair, weights: Weights, order: RepairOrder, report: RepairReport) -> None:
     about = with_entry(weights.about, "sinder", order.arguments, [weights.path])
-    about["sinder"] = {key: value for key, value in asdict(report).items() if key != "damaged_images"}
+    about["sinder"] = {
+        key: value for key, value in asdict(report).items() if key not in ("damaged_images", "written")
+    }
     form = weights.form
     repaired = repair.repaired(weights.state)
     write_weights(order.out, form.target, repaired, weights.model, about, form.chunks, form.split_swiglu)
