@@ -27,7 +27,7 @@ STATE: tuple[str, ...] = (
     "gradient",
 )
 STATE += ("length", "iterations", "waited", "best")
-PATIENCE = 100  # evaluations without a smaller gap after which rounding is what is left
+PATIENCE = 300  # evaluations without a smaller gap after which rounding is what is left
 
 
 class Solution(NamedTuple):

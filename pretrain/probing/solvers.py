@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.errors import InputError
 from pretrain.probing.linear import LinearProbe
 from pretrain.probing.logistic import Solution, memory, solve
-from pretrain.probing.preprocessing import Features, Floats, Ints
+from pretrain.probing.preprocessing import BLOCK, Features, Floats, Ints
 from pretrain.probing.ridge import fit_ridge
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # values of C; the paper has 1 alone
@@ -175,16 +175,23 @@ def _chunks(features: Sequence[Features], classes: int, solver: Solver) -> Itera
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
 
+def needed_memory(place: Features, classes: int, solver: Solver) -> tuple[int, int]:
+    """Bytes that the torch solver takes for each probe of this width, and once for all solved together."""
+    number, dim = place.shape
+    probe, solving = memory(number, dim + 1, classes, solver.dtype.itemsize)
+    reading = 4 * 8 * min(BLOCK, number * dim)  # a block in fp64 and what its steps make of it
+    return probe, max(solving, reading)
+
+
 def _together(place: Features, classes: int, solver: Solver) -> int:
     """Probes of this width that are solved at once."""
-    number, dim = place.shape
     if solver.kind != "torch":
         return 1
-    probe, once = memory(number, dim + 1, classes, solver.dtype.itemsize)
+    probe, once = needed_memory(place, classes, solver)
     if once + probe > solver.budget:
-        needed = f"{(once + probe) / 1e9:.2f} GB for {number} images of {dim} channels"
+        needed = f"{(once + probe) / 1e9:.3f} GB for {place.shape[0]} images of {place.shape[1]} channels"
         raise InputError(
-            f"{place.name}: one probe takes {needed}, the budget is {solver.budget / 1e9:.2f} GB"
+            f"{place.name}: one probe takes {needed}, the budget is {solver.budget / 1e9:.3f} GB"
         )
     return (solver.budget - once) // probe
 
