@@ -25,24 +25,26 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table as Shown
 
+from pretrain.analysis.backbone import build_backbone
+from pretrain.analysis.images import ImageSet
+from pretrain.analysis.masks import read_masks
+from pretrain.analysis.page import check_page
 from pretrain.command_line import Parser, exit_status
 from pretrain.config.derived import vit_shape
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights, read_weights
-from pretrain.sinder.backbone import build_backbone
 from pretrain.sinder.comparison import Subject, compare
 from pretrain.sinder.diagnosis import diagnose
 from pretrain.sinder.directions import LayerDirection, defect_directions
 from pretrain.sinder.document import comparison_document, diagnosis_document
 from pretrain.sinder.held_out import Measure
 from pretrain.sinder.hits import Criterion
-from pretrain.sinder.images import ImageSet
-from pretrain.sinder.labels import Labels, read_masks
+from pretrain.sinder.labels import Labels
 from pretrain.sinder.look import look
 from pretrain.sinder.repair import RepairSettings, Step
 from pretrain.sinder.repair_file import RepairOrder, RepairReport, repair_file
 from pretrain.sinder.repair_log import RepairLog
-from pretrain.sinder.report import Report, figures_path, write_report
+from pretrain.sinder.report import Report, write_report
 from pretrain.sinder.tables import Table, diagnosis_table, shares_table, summary_table
 from pretrain.surgery.architecture import Settings
 
@@ -126,14 +128,8 @@ def check(options: argparse.Namespace) -> None:
     for name in COUNTS:
         if getattr(options, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
-    report: Path | None = options.report
-    if report is None:
-        return
-    if report.suffix != ".html":
-        raise InputError(f"--report: {report} must end in .html; figures go beside it, in .figures.json")
-    for path in (report, figures_path(report)):
-        if path.exists() and not options.force:
-            raise InputError(f"--report: {path} exists; choose another name, or --force")
+    if options.report:
+        check_page(options.report, options.force)
 
 
 def _read(options: argparse.Namespace, path: Path) -> Weights:

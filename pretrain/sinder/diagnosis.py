@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pretrain.analysis.outliers import norm_outliers
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.detection import (
     ALIGNED,
     MIN_PATCHES,
     alignment,
     defective_by_angle,
-    defective_by_norm,
 )
 from pretrain.sinder.directions import LayerDirection
 from pretrain.sinder.hits import patch_grid, run_block
@@ -70,7 +70,7 @@ class Evidence:
 
     def _count(self, index: int, patches: Tensor, direction: Tensor) -> None:
         norms, cosines = patches.norm(dim=-1), alignment(patches, direction)
-        by_norm = defective_by_norm(norms)
+        by_norm = norm_outliers(norms)
         enough = norms[0].numel() >= MIN_PATCHES
         by_angle = defective_by_angle(cosines) if enough else torch.zeros_like(by_norm)
         both = by_norm & (cosines >= ALIGNED)
