@@ -1,5 +1,8 @@
 """Weights as a model that computes."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
 from pretrain.export.weights import Weights
@@ -13,3 +16,9 @@ def build_backbone(weights: Weights, device: torch.device) -> VisionTransformer:
     state = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights.state.items()}
     backbone.load_state_dict(state, assign=True)
     return backbone.requires_grad_(False).eval()
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Names of models for tables: without folder and suffix where that tells them apart."""
+    stems = [path.stem for path in paths]
+    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]

@@ -14,6 +14,7 @@ from pretrain.data.order import Permutation
 from pretrain.data.reader import Reader
 from pretrain.data.shards import list_shards
 from pretrain.errors import InputError
+from pretrain.export.weights import Weights
 from pretrain.seeding import stream_key
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB / 255: those of the released models
@@ -62,7 +63,8 @@ class ImageSet:
         except (ValueError, OSError) as error:
             self.damaged.append(f"{name}: {error}")
             return None
-        image = torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1).float() / 255
+        # A copy: a resized picture that needed no cut is read-only.
+        image = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
         return (image - self.mean) / self.std
 
     def _content(self, index: int) -> tuple[str, bytes]:
@@ -112,3 +114,30 @@ class ImageSet:
     def shuffled(self, seed: int) -> Permutation:
         """The order in which a repair sees them."""
         return Permutation(len(self), stream_key(seed, "sinder", "images"))
+
+
+def images_for(weights: Weights, source: str, size: int | None = None) -> ImageSet:
+    """Images as a model takes them.
+
+    Args:
+        weights: of an RGB model.
+        source: as for `ImageSet`.
+        size: pixels; None = those of the position grid.
+
+    Raises:
+        InputError: the size is no multiple of the patch size, the model takes other channels than RGB, or
+            there is no image.
+    """
+    return ImageSet(source, image_size(weights, size))
+
+
+def image_size(weights: Weights, size: int | None) -> int:
+    """Pixels of the images, checked; arguments and errors as for `images_for`."""
+    pixels, patch = size or weights.model.img_size, weights.model.patch_size
+    if pixels < patch or pixels % patch:
+        raise InputError(f"--size: {pixels} px is not a multiple of the patch size {patch}")
+    if weights.model.in_channels != 3:
+        raise InputError(
+            f"{weights.path}: has {weights.model.in_channels} channels; only RGB is supported here"
+        )
+    return pixels
