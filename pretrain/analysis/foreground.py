@@ -9,6 +9,8 @@ from torch import Tensor
 from pretrain.analysis.maps import PatchPca
 from pretrain.errors import InputError
 
+SMALLEST_GRID = 3  # patches at a side; fewer have no inner ones
+
 
 @dataclass(frozen=True)
 class Foreground:
@@ -30,10 +32,10 @@ class Foreground:
             InputError: tokens that are not finite, or a grid without inner patches.
         """
         rows = tokens.detach().double().cpu()
-        if min(rows.shape[1:3]) < 3 or not rows.isfinite().all():
+        if min(rows.shape[1:3]) < SMALLEST_GRID or not rows.isfinite().all():
             raise InputError(
-                f"foreground needs finite tokens of at least 3 x 3 patches, got {tuple(rows.shape)}; "
-                "take larger images (--size)"
+                f"foreground needs finite tokens of at least {SMALLEST_GRID} x {SMALLEST_GRID} "
+                f"patches, got {tuple(rows.shape)}; take larger images (--size)"
             )
         mean = rows.flatten(0, 2).mean(0)
         centred = (rows - mean).flatten(0, 2)

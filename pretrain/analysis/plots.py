@@ -35,6 +35,7 @@ def lines(
     y_label: str,
     limits: Mapping[str, float] | None = None,
     log: bool = False,
+    places: Sequence[float] | None = None,
 ) -> bytes:
     """Curves over 0, 1, 2, ... with a legend where there are several.
 
@@ -44,18 +45,24 @@ def lines(
         y_label: with the unit.
         limits: name to a value that is drawn as a dashed line.
         log: a logarithmic axis; only for values above 0.
+        places: where the values stand instead, on a logarithmic axis.
     """
     with rc_context(STYLE):
         figure, axes = _empty(x_label, y_label)
         for name, values in curves.items():
-            axes.plot(range(len(values)), values, marker=".", markersize=4, linewidth=1.3, label=name)
+            axes.plot(
+                places or range(len(values)), values, marker=".", markersize=4, linewidth=1.3, label=name
+            )
         for name, value in (limits or {}).items():
             axes.axhline(value, color="#8b949e", linewidth=0.9, linestyle="--", label=name)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(LogFormatter())
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if places:
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(curves) + len(limits or {}) > 1:
             axes.legend(fontsize=8)
         return _svg(figure)

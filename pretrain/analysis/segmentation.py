@@ -48,16 +48,34 @@ def linear_segmentation(
     Raises:
         InputError: fewer than two classes to tell apart.
     """
+    return scores_of(confusions(train, train_masks, test, test_masks, seed).sum(dim=0))
+
+
+def confusions(train: Tensor, train_masks: Tensor, test: Tensor, test_masks: Tensor, seed: int = 0) -> Tensor:
+    """Counts of pixels by true and predicted class for each test image, (m, c, c) int64.
+
+    Arguments and errors as for `linear_segmentation`.
+    """
     probe = _fit(train, _patch_labels(train_masks, *train.shape[1:3]), seed)
     classes = probe[-1].classes_.tolist()
     size = max(*classes, *test_masks[test_masks != IGNORED].unique().tolist()) + 1
-    confusion = torch.zeros(size, size, dtype=torch.int64)
+    counted = []
     for tokens, mask in zip(test, test_masks, strict=True):
         predicted = torch.tensor(classes)[_scores(probe, tokens, mask.shape).argmax(dim=0)]
         counts = mask != IGNORED
         pairs = mask[counts] * size + predicted[counts]
-        confusion += torch.bincount(pairs, minlength=size * size).view(size, size)
-    return _summary(confusion)
+        counted.append(torch.bincount(pairs, minlength=size * size).view(size, size))
+    return torch.stack(counted)
+
+
+def scores_of(confusion: Tensor) -> SegmentationScores:
+    """The scores of counts (c, c): rows are true classes, columns predicted ones."""
+    hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    present = confusion.sum(1) > 0
+    iou = 100 * hits[present] / union[present]
+    accuracy = 100 * hits.sum() / confusion.sum().clamp(min=1)
+    miou = float(iou.mean()) if present.any() else math.nan
+    return SegmentationScores(miou, float(accuracy), present.nonzero()[:, 0].tolist(), iou.tolist())
 
 
 def _patch_labels(masks: Tensor, rows: int, cols: int) -> Tensor:
@@ -86,13 +104,3 @@ def _scores(probe: Pipeline, tokens: Tensor, size: Sequence[int]) -> Tensor:
         scores = np.stack([-scores, scores], axis=1)  # of two classes there is one score
     grid = torch.from_numpy(scores).T.unflatten(1, tokens.shape[:2])
     return interpolate(grid[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
-
-
-def _summary(confusion: Tensor) -> SegmentationScores:
-    """Rows are true classes, columns predicted ones."""
-    hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    present = confusion.sum(1) > 0
-    iou = 100 * hits[present] / union[present]
-    accuracy = 100 * hits.sum() / confusion.sum().clamp(min=1)
-    miou = float(iou.mean()) if present.any() else math.nan
-    return SegmentationScores(miou, float(accuracy), present.nonzero()[:, 0].tolist(), iou.tolist())

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -27,14 +28,20 @@ class Done:
     err: str
 
 
-def runner(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Done]:
-    """Runs a tool: status, standard output and standard error."""
+def load(name: str) -> ModuleType:
+    """A tool as a module."""
     spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def runner(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Done]:
+    """Runs a tool: status, standard output and standard error."""
+    module = load(name)
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
