@@ -30,7 +30,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     },
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery", "cluster"},
-    {"analysis", "sinder"},
+    {"analysis", "sinder", "probing"},
     {"start", "report", "train", "dry_run", "preflight", "job", "cli", "__main__"},
 ]
 ARROWS = {
@@ -40,6 +40,7 @@ ARROWS = {
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
     *{("engines", "run"), ("cluster", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
     ("sinder", "analysis"),
+    ("probing", "analysis"),
     *{
         ("train", "start"),
         ("train", "report"),
