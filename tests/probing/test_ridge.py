@@ -1,0 +1,52 @@
+"""Ridge classifiers against scikit-learn and the normal equations, leaving one out against doing it."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import RidgeClassifier
+
+from pretrain.probing.linear import predictions
+from pretrain.probing.preprocessing import from_array
+from pretrain.probing.ridge import best_by_leave_one_out, decompose, fit_ridge, leave_one_out
+from pretrain.probing.solvers import Solver, fit_probes
+from tests.probing.problems import problem
+
+WIDE, TALL = (60, 90), (400, 40)
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_it_solves_the_normal_equations_and_predicts_as_scikit_learn(shape) -> None:
+    train, labels, test, _ = problem(*shape, 4)
+    rows = train.read() + 3.0  # not centred
+    ((_, path),) = fit_probes([from_array(rows)], labels, [1e-3, 1.0, 1e3], Solver("ridge"))
+    centred, one_hot = rows - rows.mean(axis=0), np.eye(4)[labels]
+    for probe in path:
+        alpha = 1 / (2 * probe.strength)
+        direct = np.linalg.solve(centred.T @ centred + alpha * np.eye(shape[1]), centred.T @ one_hot)
+        assert np.allclose(probe.weights, direct, atol=1e-8) and probe.gradient < 1e-10
+        assert np.allclose(probe.intercepts, (one_hot - rows @ direct).mean(axis=0))
+        moved = from_array(test.read() + 3.0)
+        reference = RidgeClassifier(alpha=alpha).fit(rows, labels)
+        assert np.array_equal(predictions([probe], moved)[0], reference.predict(moved.read()))
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL])
+def test_leaving_one_out_is_that_of_as_many_fits(shape) -> None:
+    train, labels, _, _ = problem(*shape, 4)
+    rows, strengths = train.read()[:60], [1e-2, 10.0]
+    labels = labels[:60]
+    found = leave_one_out(rows, labels, strengths)
+    for image in range(60):
+        others = np.arange(60) != image
+        probes = fit_ridge(rows[others], labels[others], np.arange(4), strengths)
+        assert [int(probe.scores(rows[image]).argmax()) for probe in probes] == found[:, image].tolist()
+    assert len(np.unique(found, axis=0)) == 2
+    best, percent = best_by_leave_one_out(rows, labels, strengths)
+    right = dict(zip(strengths, 100 * (found == labels).mean(axis=1), strict=True))
+    assert percent == max(right.values()) == right[best]
+
+
+def test_directions_without_variance_are_left_out() -> None:
+    rows = np.random.default_rng(0).standard_normal((30, 5))
+    spectrum = decompose(np.hstack([rows, rows, np.ones((30, 2))]))
+    assert spectrum.values.shape == (5,) and spectrum.axes.shape == (12, 5)
+    assert np.allclose(spectrum.axes.T @ spectrum.axes, np.eye(5))
