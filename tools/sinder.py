@@ -25,19 +25,20 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table as Shown
 
+from pretrain.analysis.backbone import build_backbone
+from pretrain.analysis.images import ImageSet
+from pretrain.analysis.masks import read_masks
 from pretrain.command_line import Parser, exit_status
 from pretrain.config.derived import vit_shape
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights, read_weights
-from pretrain.sinder.backbone import build_backbone
 from pretrain.sinder.comparison import Subject, compare
 from pretrain.sinder.diagnosis import diagnose
 from pretrain.sinder.directions import LayerDirection, defect_directions
 from pretrain.sinder.document import comparison_document, diagnosis_document
 from pretrain.sinder.held_out import Measure
 from pretrain.sinder.hits import Criterion
-from pretrain.sinder.images import ImageSet
-from pretrain.sinder.labels import Labels, read_masks
+from pretrain.sinder.labels import Labels
 from pretrain.sinder.look import look
 from pretrain.sinder.repair import RepairSettings, Step
 from pretrain.sinder.repair_file import RepairOrder, RepairReport, repair_file

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.analysis.backbone import build_backbone
 from pretrain.analysis.segmentation import SegmentationScores
 from pretrain.config.derived import vit_shape
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights
-from pretrain.sinder.backbone import build_backbone
 from pretrain.sinder.diagnosis import Diagnosis, diagnose
 from pretrain.sinder.directions import LayerDirection, defect_directions
 from pretrain.sinder.held_out import Measure, Original

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pretrain.analysis import plots
+from pretrain.analysis.images import MEAN, STD
 from pretrain.analysis.maps import PatchPca
 from pretrain.analysis.page import Picture
 from pretrain.sinder.comparison import Subject
 from pretrain.sinder.held_out import Original
-from pretrain.sinder.images import MEAN, STD
 from pretrain.sinder.look import Look
 
 SHOWN = 224  # pixels of a picture of an image

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.analysis.images import ImageSet
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.hits import Criterion, find_hits, hit_losses
-from pretrain.sinder.images import ImageSet
 from pretrain.sinder.singular_values import SingularLinear, decompose
 
 

@@ -13,17 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.analysis.backbone import build_backbone
+from pretrain.analysis.images import ImageSet
 from pretrain.errors import InputError, first_line
 from pretrain.export.own import map_safetensors
 from pretrain.export.provenance import with_entry
 from pretrain.export.targets import check_free, write_weights
 from pretrain.export.weights import Weights
 from pretrain.run.durable import publish
-from pretrain.sinder.backbone import build_backbone
 from pretrain.sinder.diagnosis import Diagnosis, diagnose
 from pretrain.sinder.directions import LayerDirection
 from pretrain.sinder.held_out import HeldOut, Measure
-from pretrain.sinder.images import ImageSet
 from pretrain.sinder.repair import Repair, RepairSettings, Step, batches
 
 Outcome = Literal["nothing to repair", "repaired", "stopped by drift", "images used up"]

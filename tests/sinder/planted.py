@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pretrain.analysis.images import MEAN, STD
 from pretrain.config.schema import ModelConfig
 from pretrain.models.init import init_weights
 from pretrain.models.packing import Layout
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.hits import run_block
-from pretrain.sinder.images import MEAN, STD
 
 BLOCK = 2  # that gets the defect
 GAINS = {"mlp-registers": 14.0}  # of the planted unit; its limit is rarer there, which the prediction feels

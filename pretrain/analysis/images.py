@@ -1,4 +1,4 @@
-"""Images for diagnosis and repair: of a folder or of shards, in a seeded order; damaged ones are counted."""
+"""Images of a folder or of shards, in a seeded order, for looking at models; damaged ones are counted."""
 
 from collections.abc import Sequence
 from pathlib import Path
