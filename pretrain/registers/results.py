@@ -1,0 +1,62 @@
+"""What an experiment finds, condition by condition, with how sure each difference is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from pretrain.analysis.uncertainty import Interval, bootstrap, paired_permutation
+from pretrain.registers.looks import FULL
+
+Scores = dict[str, dict[str, Tensor]]  # task to condition (the full model among them) to (n,) percent
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one condition at one task, in percent."""
+
+    score: Interval  # over images
+    difference: Interval | None  # to the full model, in points, paired by image; None of itself
+    p_value: float | None  # of no difference; likewise
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one condition does inside of the model."""
+
+    cosine_mean: float  # of patches with the full model's, after the final norm
+    cosine_p5: float
+    cosine_p50: float
+    attention: dict[str, list[float]]  # by block; see `AttentionShift`; empty where none was compared
+    oddness: dict[str, list[float]]  # by replaced block; see `Oddness`
+
+
+@dataclass(frozen=True)
+class Result:
+    """All of an experiment."""
+
+    images: int
+    effective_rank: float  # mean over images, of the full model's patches
+    effects: dict[str, Effect]  # by condition
+    scores: dict[str, dict[str, Score]]  # by task, then by condition, the full model first
+
+
+def compared(scores: Scores, seed: int) -> dict[str, dict[str, Score]]:
+    """Scores with intervals and p-values."""
+    return {task: _compared(by_condition, seed) for task, by_condition in scores.items()}
+
+
+def _compared(values: Mapping[str, Tensor], seed: int) -> dict[str, Score]:
+    """NaN where an image cannot be scored: it is left out of what it would be in."""
+    full, found = values[FULL].double().numpy(), {}
+    for name, own in values.items():
+        scored, apart = own.double().numpy(), own.double().numpy() - full
+        scored, apart = scored[np.isfinite(scored)], apart[np.isfinite(apart)]
+        if not len(apart):
+            continue
+        score = bootstrap(scored, seed)
+        whole = name == FULL
+        difference = None if whole else bootstrap(apart, seed)
+        found[name] = Score(score, difference, None if whole else paired_permutation(apart, seed))
+    return found
