@@ -18,6 +18,7 @@ from pretrain.registers.calibration import Calibration, calibrate, load, preproc
 from pretrain.registers.conditions import Condition, fitting
 from pretrain.registers.interventions import Intervention, parse_blocks
 from pretrain.registers.looks import FULL, Looked, Seen, look
+from pretrain.registers.pictures import Pictured, pictured
 from pretrain.registers.results import Effect, Result, Score, Scores, compared
 from pretrain.registers.tasks import classification, correspondence, segmentation
 
@@ -38,6 +39,7 @@ class Order:
     attention_images: int = 64  # attention is compared on
     pairs: int = 200  # of images and warps
     masks: Path | None = None
+    pictures: int = 0  # images that are shown
     batch_size: int = 8
     device: str = "cpu"
     seed: int = 0
@@ -51,6 +53,7 @@ class Experiment:
     left_out: Sequence[Condition]  # of a model without registers
     calibration_images: int
     classes: int  # that the scored images show; 0: they have no labels
+    pictured: Pictured | None  # where pictures were asked for
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def run(weights: Weights, images: ImageSet, order: Order, stage: Stage) -> Exper
     left_out = [condition for condition in order.conditions if condition not in kept]
     classes = len(set(test.labels)) if labelled else 0
     result = _result(test, compared(scores, order.seed))
-    return Experiment(result, left_out, calibration.images, classes)
+    shown = _pictured(setting) if order.pictures else None
+    return Experiment(result, left_out, calibration.images, classes, shown)
 
 
 def _labelled(images: ImageSet) -> bool:
@@ -164,6 +168,13 @@ def _looked(setting: _Setting, words: str, part: Sequence[int], attention_images
     if not found.images:
         raise InputError(f"--images: all that are wanted are damaged, as {setting.images.damaged[0]}")
     return found
+
+
+def _pictured(setting: _Setting) -> Pictured:
+    """The first images, in one batch."""
+    wanted = min(setting.order.pictures, len(setting.split.test))
+    shown = next(samples.batches(setting.images, setting.split.test, wanted))
+    return pictured(setting.backbone, shown, setting.interventions)
 
 
 def _result(test: Looked, scores: dict[str, dict[str, Score]]) -> Result:

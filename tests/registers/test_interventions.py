@@ -41,9 +41,7 @@ def test_nothing_replaced_is_the_plain_forward_bit_for_bit(backbone, batch):
 
 @pytest.mark.parametrize("tokens", SETS)
 @pytest.mark.parametrize("mode", MODES)
-def test_only_the_named_tokens_after_the_named_block_are_replaced(
-    backbone, batch, calibration, tokens, mode
-):
+def test_only_the_named_tokens_after_the_named_block_are_replaced(backbone, batch, calibration, tokens, mode):
     full = seen(backbone, batch, None)
     intervention = doing(f"{tokens}:{mode}", calibration, (1,))
     found = seen(backbone, batch, intervention)
