@@ -140,7 +140,7 @@ def show(experiment: Experiment) -> None:
 def _print(table: Table) -> None:
     shown = Shown(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(table.headings):
-        shown.add_column(name, justify="right" if index else "left")
+        shown.add_column(name, justify="right" if index else "left", no_wrap=not index)
     for row in table.rows:
         shown.add_row(*row)
     out.print(shown)

@@ -98,7 +98,8 @@ def calibrate(
     if not keys:
         raise InputError("--calibration-images: none is left that is not evaluated too")
     mean, var = (torch.stack([getattr(m, name) for m in moments]) for name in ("mean", "variance"))
-    return Calibration(mean.float(), var.float(), torch.cat(examples), tuple(keys), weights, words)
+    mean, var = mean.float().cpu(), var.float().cpu()
+    return Calibration(mean, var, torch.cat(examples), tuple(keys), weights, words)
 
 
 def _looks(

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, inf
 from torch.nn.functional import normalize
 
 from pretrain.registers.warps import centres, moved
@@ -27,7 +27,8 @@ def match(
         first: (N, D) patch tokens, any scale; N is a square number.
         second: (N, D) those of the warped image.
         warp: (3, 3) where points of the first go.
-        kept: (N,) bool of each: others are not asked for, nor those whose true place is none of these.
+        kept: (N,) bool of each: others neither look for a match nor are one, nor do patches whose true place
+            is none of these.
 
     Returns:
         None where no patch stays within the image.
@@ -36,12 +37,13 @@ def match(
     places = centres(side)
     truth = moved(warp, places)  # (N, 2)
     asked = (truth.abs() < 1).all(dim=-1)
+    similarity = (normalize(first.float(), dim=-1) @ normalize(second.float(), dim=-1).T).cpu()
     if kept is not None:
+        similarity = similarity.masked_fill(~(kept[0][:, None] & kept[1]), -inf)
         column, row = ((truth + 1) * side / 2).long().clamp(0, side - 1).unbind(-1)
         asked &= kept[0] & kept[1][row * side + column]
     if not asked.any():
         return None
-    similarity = (normalize(first.float(), dim=-1) @ normalize(second.float(), dim=-1).T).cpu()
     there = similarity.argmax(dim=1)
     back = similarity.argmax(dim=0)[there]
     near = 2 * NEAR / side * (1 + 1e-9)  # a patch is 2 / side wide

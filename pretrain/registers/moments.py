@@ -9,12 +9,13 @@ class Moments:
 
     def __init__(self) -> None:
         self.number = 0
-        self.mean = torch.zeros((), dtype=torch.float64)
+        self.mean = torch.zeros((), dtype=torch.float64)  # on the device of the values, once there are some
         self._squares = torch.zeros((), dtype=torch.float64)  # of deviations from the mean
 
     def add(self, values: Tensor) -> None:
         """Take values (b, ...) in; the first dimension is counted."""
-        rows = values.detach().cpu().double()  # not every device has fp64
+        rows = values.detach()
+        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # which has no fp64
         mean, number = rows.mean(dim=0), self.number + len(rows)
         apart = mean - self.mean
         self._squares = self._squares + (rows - mean).square().sum(dim=0)

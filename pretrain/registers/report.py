@@ -37,7 +37,7 @@ PROTOCOL = (
     "back within one patch.",
     "Intervals are 95 % bootstrap intervals over images, of differences paired by image; p-values "
     "are of random sign flips of the paired differences, two-sided, 10,000 flips. Neither is "
-    "corrected for the number of rows.",
+    "corrected for the number of rows; `needed` in the answer is (Bonferroni).",
 )
 CAVEATS = (
     "A zero is far from every token that the model has met (distance: Mahalanobis's with a diagonal "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -9,7 +10,15 @@ from torch import Tensor
 from pretrain.analysis.uncertainty import Interval, bootstrap, paired_permutation
 from pretrain.registers.looks import FULL
 
-Scores = dict[str, dict[str, Tensor]]  # task to condition (the full model among them) to (n,) percent
+
+class Paired(NamedTuple):
+    """Scores in percent, image by image; NaN where an image cannot be scored."""
+
+    own: Tensor  # (n,)
+    full: Tensor  # (n,) of the full model, asked for the same
+
+
+Scores = dict[str, dict[str, Paired]]  # by task, then by condition, the full model first
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,11 @@ def compared(scores: Scores, seed: int) -> dict[str, dict[str, Score]]:
     return {task: _compared(by_condition, seed) for task, by_condition in scores.items()}
 
 
-def _compared(values: Mapping[str, Tensor], seed: int) -> dict[str, Score]:
-    """NaN where an image cannot be scored: it is left out of what it would be in."""
-    full, found = values[FULL].double().numpy(), {}
-    for name, own in values.items():
-        scored, apart = own.double().numpy(), own.double().numpy() - full
+def _compared(values: Mapping[str, Paired], seed: int) -> dict[str, Score]:
+    """Images that cannot be scored are left out; a condition without any is."""
+    found = {}
+    for name, (own, full) in values.items():
+        scored, apart = own.double().numpy(), (own.double() - full.double()).numpy()
         scored, apart = scored[np.isfinite(scored)], apart[np.isfinite(apart)]
         if not len(apart):
             continue

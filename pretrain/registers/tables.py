@@ -39,7 +39,7 @@ def effect_table(result: Result) -> Table:
     headings = ["condition", "patch cosine", "p5", "p50", "ln norm ratio", "distance"]
     attention = any(effect.attention for effect in result.effects.values())
     if attention:
-        headings += ["JS last", "JS most", "class token on it", "patches on it"]
+        headings += ["JS last", "JS most", "cls on it %", "patches on it %"]
     rows = [[name, *_effect_row(effect)] for name, effect in result.effects.items()]
     return Table(headings, rows)
 
@@ -52,7 +52,7 @@ def _effect_row(effect: Effect) -> list[str]:
         row += [f"{apart[-1]:.4f}", f"{max(apart):.4f}"]
         for who in ("cls", "patch"):
             before, after = (effect.attention[f"{who}_{when}"][-1] for when in ("full", "ablated"))
-            row.append(f"{100 * before:.1f} to {100 * after:.1f}")
+            row.append(f"{100 * before:.0f} to {100 * after:.0f}")
     return row
 
 

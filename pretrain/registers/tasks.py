@@ -6,6 +6,7 @@ features of the condition itself: is the information there.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from pretrain.registers.correspondence import Matches, match
 from pretrain.registers.interventions import Intervention
 from pretrain.registers.looks import FULL, Looked, features
 from pretrain.registers.measures import untouched
-from pretrain.registers.results import Scores
+from pretrain.registers.results import Paired, Scores
 from pretrain.registers.samples import Batch, batches
 from pretrain.registers.warps import random_warp, warped
 
@@ -51,7 +52,8 @@ def classification(train: Looked, test: Looked) -> Scores:
                 f"recall@1, {words}": recall_at_one(shown[kind], asked),
             }
             for task, values in found.items():
-                scores.setdefault(task, {})[name] = values
+                full = scores[task][FULL].own if task in scores else values
+                scores.setdefault(task, {})[name] = Paired(values, full)
     return scores
 
 
@@ -62,25 +64,38 @@ def correspondence(
     seed: int,
     advance: Advance = lambda _: None,
 ) -> Scores:
-    """Patches of images matched with those of one random warp of each."""
-    scores: dict[str, dict[str, list[float]]] = {}
+    """Patches of images matched with those of one random warp of each.
+
+    Replaced patches neither look for a match nor are one, in the full model that they are compared with too.
+    """
+    found: dict[str, list[tuple[Matches, Matches]]] = {FULL: [], **{name: [] for name in interventions}}
     for batch in pairs:
+        warps = [random_warp(seed, key) for key in batch.keys]
+        full = _both(backbone, batch, warps, None)
         for name, intervention in {FULL: None, **interventions}.items():
-            for accuracy, cycle in _matched(backbone, batch, intervention, seed):
-                scores.setdefault("correspondence", {}).setdefault(name, []).append(accuracy)
-                scores.setdefault("cycle consistency", {}).setdefault(name, []).append(cycle)
+            own = full if intervention is None else _both(backbone, batch, warps, intervention)
+            compared = (_matched(patches, own.kept, warps) for patches in (own.patches, full.patches))
+            found[name] += zip(*compared, strict=True)
         advance(len(batch.keys))
     return {
-        task: {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
-        for task, found in scores.items()
+        task: {
+            name: Paired(*(torch.tensor([pair[part][place] for pair in both]).double() for part in (0, 1)))
+            for name, both in found.items()
+        }
+        for place, task in enumerate(("correspondence", "cycle consistency"))
     }
 
 
-def _matched(
-    backbone: VisionTransformer, batch: Batch, intervention: Intervention | None, seed: int
-) -> list[Matches]:
-    """Accuracy and cycle consistency of each pair; NaN where no patch could be matched."""
-    warps = [random_warp(seed, key) for key in batch.keys]
+class _Pairs(NamedTuple):
+    """Of images and their warps."""
+
+    patches: tuple[Tensor, Tensor]  # (B, N, D) of each
+    kept: tuple[Tensor, Tensor]  # (B, N) bool of each: not replaced
+
+
+def _both(
+    backbone: VisionTransformer, batch: Batch, warps: list[Tensor], intervention: Intervention | None
+) -> _Pairs:
     pixels = torch.stack([warped(own, warp) for own, warp in zip(batch.pixels, warps, strict=True)])
     names = [f"{key} warped" for key in batch.keys]  # other draws than the image's own
     (first, at), (second, there) = (
@@ -89,11 +104,17 @@ def _matched(
     )
     prefix, number = 1 + backbone.cfg.num_register_tokens, first.patches.shape[1]
     kept = (untouched(at, prefix, number), untouched(there, prefix, number))
-    found = []
-    for image, warp in enumerate(warps):
-        matches = match(first.patches[image], second.patches[image], warp, (kept[0][image], kept[1][image]))
-        found.append(matches or Matches(torch.nan, torch.nan))
-    return found
+    return _Pairs((first.patches, second.patches), kept)
+
+
+def _matched(
+    patches: tuple[Tensor, Tensor], kept: tuple[Tensor, Tensor], warps: list[Tensor]
+) -> list[Matches]:
+    """Of each pair; NaN where no patch could be matched."""
+    return [
+        match(first, second, warp, (own, other)) or Matches(torch.nan, torch.nan)
+        for first, second, warp, own, other in zip(*patches, warps, *kept, strict=True)
+    ]
 
 
 def segmentation(
@@ -129,7 +150,8 @@ def segmentation(
         fixed = fixed or refit
         for probe, task in zip((fixed, refit), scores, strict=True):
             found = [summary(own).miou for own in confusions(probe, asked, truth)]
-            scores[task][name] = torch.tensor(found, dtype=torch.float64)
+            own = torch.tensor(found, dtype=torch.float64)
+            scores[task][name] = Paired(own, scores[task][FULL].own if scores[task] else own)
     return scores
 
 
