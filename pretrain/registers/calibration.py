@@ -19,11 +19,10 @@ from pretrain.analysis.taps import Look, Place, tapped
 from pretrain.errors import InputError, first_line
 from pretrain.export.own import map_safetensors, write_tensors
 from pretrain.models.vit import VisionTransformer
-from pretrain.registers.conditions import random_patches
+from pretrain.registers.conditions import BANK_PATCHES, random_patches
 from pretrain.registers.moments import Moments
 from pretrain.registers.samples import Batch
 
-BANK_PATCHES = 4  # kept of each image of the bank: the paper's control replaces so many
 FORMAT = "pretrain-registers-calibration-1"
 
 

@@ -12,6 +12,7 @@ from pretrain.seeding import numpy_stream
 Kind = Literal["registers", "cls", "reg", "patch"]
 Mode = Literal["zero", "mean", "noise", "shuffle", "bank", "random"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+BANK_PATCHES = 4  # a calibration keeps so many of each image of its bank; the paper's control replaces 4
 KNOWN = "registers, cls, reg:I or patch:K, then :" + " or :".join(MODES)
 DEFAULT = (
     *(f"registers:{mode}" for mode in MODES),
@@ -66,13 +67,17 @@ def fitting(conditions: Sequence[Condition], registers: int, patches: int) -> li
         patches: N of its images.
 
     Raises:
-        InputError: a register or so many patches do not exist, or no condition is left.
+        InputError: a register or so many patches do not exist, or not in the bank; or no condition is left.
     """
-    for tokens, _ in conditions:
+    for tokens, mode in conditions:
         if tokens.kind == "reg" and 0 < registers < tokens.number:
             raise InputError(f"--conditions: {tokens}: the model has registers 1 to {registers}")
         if tokens.kind == "patch" and tokens.number >= patches:
             raise InputError(f"--conditions: {tokens}: an image has {patches} patches, one must stay")
+        if tokens.kind == "patch" and mode == "bank" and tokens.number > BANK_PATCHES:
+            raise InputError(
+                f"--conditions: {tokens}:bank: calibration keeps {BANK_PATCHES} patches an image"
+            )
     kept = [c for c in conditions if registers or c.tokens.kind not in ("registers", "reg")]
     if not kept:
         raise InputError("--conditions: the model has no registers; name some on cls or patch:K")

@@ -67,17 +67,13 @@ def _finding(tokens: str, losses: list[_Loss]) -> Finding | None:
     if not plausible:
         return None
     worst = min(plausible, key=lambda loss: loss.points.mean)
-    lost = [
-        loss for loss in plausible if loss.points.high < -WITHIN and loss.p_value * len(plausible) < ALPHA
-    ]
+    limit = ALPHA / len(plausible)
+    lost = [loss for loss in plausible if loss.points.high < -WITHIN and loss.p_value < limit]
     if all(loss.points.low >= -WITHIN and loss.points.high <= WITHIN for loss in plausible):
         verdict, why = "not needed", f"plausible replacements change all tasks by less than {WITHIN:g} point"
     elif lost:
         worst = min(lost, key=lambda loss: loss.points.mean)
-        verdict, why = (
-            "needed",
-            f"{len(lost)} of {len(plausible)} comparisons lose more than {WITHIN:g} point",
-        )
+        verdict, why = "needed", f"{len(lost)} of {len(plausible)} scores lose more than {WITHIN:g} point"
     else:
         verdict, why = "undecided", f"intervals reach beyond {WITHIN:g} point; take more images"
     return Finding(tokens, verdict, f"content of {tokens} is {verdict}: {why}; worst {worst}{_zero(losses)}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pretrain.errors import InputError
 from pretrain.models.vit import VisionTransformer
-from pretrain.registers.calibration import BANK_PATCHES, Calibration
-from pretrain.registers.conditions import Condition, slots
+from pretrain.registers.calibration import Calibration
+from pretrain.registers.conditions import BANK_PATCHES, Condition, slots
 from pretrain.registers.draws import Permutation, choices, derangement, normals
 
 Watch = Callable[[int, Tensor, Tensor], None]  # block, positions (B, S), replacements (B, S, D)
@@ -69,14 +69,12 @@ def intervened(
         The positions that are replaced, (B, S) int64 on the CPU.
 
     Raises:
-        InputError: `shuffle` of one image, or `bank` of more patches than the calibration has kept.
+        InputError: `shuffle` of one image.
     """
     if intervention is None:
         yield torch.empty(len(keys), 0, dtype=torch.int64)
         return
-    tokens, mode = intervention.condition
-    if mode == "bank" and tokens.kind == "patch" and tokens.number > BANK_PATCHES:
-        raise InputError(f"--conditions: {tokens}:bank: calibration keeps {BANK_PATCHES} patches an image")
+    tokens = intervention.condition.tokens
     places = slots(tokens, keys, backbone.cfg.num_register_tokens, patches, intervention.seed)
     with ExitStack() as hooks:
         for block in intervention.blocks:

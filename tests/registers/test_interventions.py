@@ -5,8 +5,8 @@ import torch
 
 from pretrain.analysis.taps import Place, tapped
 from pretrain.errors import InputError
-from pretrain.registers.calibration import BANK_PATCHES, calibrate
-from pretrain.registers.conditions import MODES, fitting, parse_condition, slots
+from pretrain.registers.calibration import calibrate
+from pretrain.registers.conditions import BANK_PATCHES, MODES, fitting, parse_condition, slots
 from pretrain.registers.draws import derangement
 from pretrain.registers.interventions import Intervention, intervened, parse_blocks
 from pretrain.registers.looks import features
@@ -166,7 +166,7 @@ def test_conditions_and_blocks_are_read():
             parse_blocks(text, 12)
 
 
-def test_what_a_model_does_not_have_is_refused_or_left_out(backbone, batch, calibration):
+def test_what_a_model_does_not_have_is_refused_or_left_out():
     wanted = [parse_condition(text) for text in ("registers:zero", "reg:4:mean", "cls:zero", "patch:4:zero")]
     assert fitting(wanted, 4, 16) == wanted
     assert [str(c) for c in fitting(wanted, 0, 16)] == ["cls:zero", "patch:4:zero"]
@@ -176,4 +176,4 @@ def test_what_a_model_does_not_have_is_refused_or_left_out(backbone, batch, cali
     with pytest.raises(InputError, match="no registers"):
         fitting(wanted[:2], 0, 16)
     with pytest.raises(InputError, match=f"keeps {BANK_PATCHES} patches"):
-        features(backbone, batch.pixels, batch.keys, doing("patch:5:bank", calibration))
+        fitting([parse_condition(f"patch:{BANK_PATCHES + 1}:bank")], 4, 16)
