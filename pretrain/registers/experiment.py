@@ -1,6 +1,7 @@
 """A whole experiment on one backbone: calibrate, look, score, compare."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,8 +98,11 @@ def run(weights: Weights, images: ImageSet, order: Order, stage: Stage) -> Exper
 
 
 def _labelled(images: ImageSet) -> bool:
-    """Whether there are classes; of shards the first image speaks for all."""
-    return bool(images.classes) or (images.reader is not None and images.stored(0).label is not None)
+    """Whether there are classes; of shards the first image that can be read speaks for all."""
+    for index in range(len(images) if images.reader is not None else 0):
+        with suppress(ValueError, OSError):
+            return images.stored(index).label is not None
+    return bool(images.classes)
 
 
 def _split(images: ImageSet, order: Order, probes: bool) -> samples.Split:
@@ -131,39 +135,44 @@ def _calibrated(
 def _scored(setting: _Setting, labelled: bool) -> tuple[Looked, Scores]:
     """A look at the scored images, and the scores of all tasks."""
     order, split = setting.order, setting.split
-    test, scores = _looked(setting, "looking at images", split.test, order.attention_images), Scores()
+    segmented = _segmented(setting) if order.masks is not None else Scores()  # first: masks may be refused
+    test, scores = _looked(setting, "looking at images", split.test), Scores()
     if labelled:
-        train = _looked(setting, "looking at images for probes", split.train, 0)
-        scores |= classification(train, test)
+        train = _looked(setting, "looking at images for probes", split.train, measured=False)
+        scores = classification(train, test)
     pairs = split.test[: order.pairs]
     advance = setting.stage("matching pairs", len(pairs))
     scores |= correspondence(
         setting.backbone, setting.batches(pairs), setting.interventions, order.seed, advance
     )
-    if order.masks is not None:
-        advance = setting.stage("segmenting", (1 + len(setting.interventions)) * (order.number + order.train))
-        parts = (split.train, split.test)
-        scores |= segmentation(
-            setting.backbone,
-            setting.images,
-            order.masks,
-            parts,
-            order.batch_size,
-            setting.interventions,
-            advance,
-        )
-    return test, scores
+    return test, scores | segmented
 
 
-def _looked(setting: _Setting, words: str, part: Sequence[int], attention_images: int) -> Looked:
+def _segmented(setting: _Setting) -> Scores:
+    order, split = setting.order, setting.split
+    assert order.masks is not None
+    advance = setting.stage("segmenting", (1 + len(setting.interventions)) * (order.number + order.train))
+    return segmentation(
+        setting.backbone,
+        setting.images,
+        order.masks,
+        (split.train, split.test),
+        order.batch_size,
+        setting.interventions,
+        advance,
+    )
+
+
+def _looked(setting: _Setting, words: str, part: Sequence[int], measured: bool = True) -> Looked:
     advance = setting.stage(words, len(part))
     found = look(
         setting.backbone,
         setting.batches(part),
         setting.interventions,
         setting.calibration,
-        attention_images,
+        setting.order.attention_images,
         advance,
+        measured,
     )
     if not found.images:
         raise InputError(f"--images: all that are wanted are damaged, as {setting.images.damaged[0]}")

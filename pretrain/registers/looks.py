@@ -52,6 +52,7 @@ def look(
     calibration: Calibration,
     attention_images: int,
     advance: Callable[[int], None] = lambda _: None,
+    measured: bool = True,
 ) -> Looked:
     """Look at images under all conditions.
 
@@ -62,12 +63,17 @@ def look(
         calibration: of the same model.
         attention_images: attention is compared on so many of the images, the first ones.
         advance: told of images.
+        measured: else pooled features alone are kept, as fits images for probes.
     """
     names = [FULL, *interventions]
     whole = Looked({name: Seen(Oddness(calibration)) for name in names})
     for batch in batches:
-        compared = min(len(batch.keys), max(0, attention_images - whole.images))
-        _look(backbone, batch, interventions, whole, compared)
+        if measured:
+            compared = min(len(batch.keys), max(0, attention_images - whole.images))
+            _look(backbone, batch, interventions, whole, compared)
+        else:
+            for name, intervention in {FULL: None, **interventions}.items():
+                _pool(whole.seen[name], features(backbone, batch.pixels, batch.keys, intervention)[0])
         whole.labels += batch.labels
         whole.images += len(batch.keys)
         advance(len(batch.keys))

@@ -155,6 +155,16 @@ def test_gradients_pass_through_a_replacement(backbone, batch, calibration):
     assert pixels.grad.abs().max() > 0
 
 
+def test_random_patches_belong_to_an_image_and_a_seed():
+    keys = [f"{i}" for i in range(40)]
+    found = slots(parse_condition("patch:4:zero").tokens, keys, 4, PATCHES, 0)
+    assert all(len(set(row)) == 4 for row in found.tolist())
+    assert set(found.flatten().tolist()) == set(range(PREFIX, PREFIX + PATCHES))  # all of them, and no others
+    assert len(set(map(tuple, found.tolist()))) > 35
+    assert torch.equal(slots(parse_condition("patch:2:zero").tokens, keys, 4, PATCHES, 0), found[:, :2])
+    assert not torch.equal(slots(parse_condition("patch:4:zero").tokens, keys, 4, PATCHES, 1), found)
+
+
 def test_conditions_and_blocks_are_read():
     assert [str(parse_condition(t)) for t in ("reg:2:mean", "patch:4:zero")] == ["reg:2:mean", "patch:4:zero"]
     assert [list(parse_blocks(text, 12)) for text in ("all", "3-5", "11")] == [[*range(12)], [3, 4, 5], [11]]

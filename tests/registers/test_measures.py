@@ -70,6 +70,15 @@ def test_attention_is_compared_on_as_many_images_as_asked(backbone, batch, calib
     assert torch.equal(none.seen["cls:zero"].cls[0], looked.seen["cls:zero"].cls[0])
 
 
+def test_a_look_without_measures_pools_the_same(looked, backbone, batch, calibration):
+    doing = {"cls:zero": Intervention(parse_condition("cls:zero"), range(3), calibration)}
+    plain = look(backbone, [batch], doing, calibration, 4, measured=False)
+    for name in (FULL, "cls:zero"):
+        for kind, values in plain.seen[name].pooled().items():
+            assert torch.equal(values, looked.seen[name].pooled()[kind])
+    assert plain.labels == looked.labels == batch.labels and not plain.ranks
+
+
 def test_a_look_keeps_the_pooled_features_of_each_condition(looked, backbone, batch):
     full = backbone([batch.pixels])[0]
     pooled = looked.seen[FULL].pooled()
