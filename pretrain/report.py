@@ -1,6 +1,6 @@
-"""What a run tells while it trains: averaged numbers, signals and warnings, k-NN scores, pictures."""
+"""What a run tells while it trains: numbers, signals and warnings, k-NN scores, pictures, defects."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,16 +16,18 @@ from pretrain.analysis.sheet import picture
 from pretrain.config.derived import micro_batch_size
 from pretrain.config.schema import Config
 from pretrain.data.labelled import labelled_batches
-from pretrain.distributed import is_main, world_size
+from pretrain.distributed import barrier, is_main, world_size
 from pretrain.engines.base import Engine, StepResult
-from pretrain.errors import TrainingError
+from pretrain.errors import InputError, TrainingError
 from pretrain.method.outputs import Observation
 from pretrain.method.signals import signals
+from pretrain.models.vit import VisionTransformer
 from pretrain.optim.schedules import StepValues
 from pretrain.run.health import CollapseWatch
 from pretrain.run.metrics import Averages, MetricLog, Throughput
 from pretrain.run.profiling import PhaseTimer
 from pretrain.run.progress import Progress
+from pretrain.sinder.monitoring import artifact_figures, diagnose_now
 
 Value = TypeVar("Value", Tensor, float)
 
@@ -139,9 +141,7 @@ class Report:
         cfg, data = self.cfg.log.images, self.cfg.data
         if not cfg.shards:
             return
-        size = data.global_crops.size
-        place, scaling = (cfg.shards, "log.images.shards"), (data.mean, data.std)
-        images = first_images(*place, cfg.number, size, size, *scaling, data.channels, data.decode)
+        images = self._first_images(cfg.shards, "log.images.shards", cfg.number)
         tokens = self.engine.features(images).patches.float().cpu()
         attention = cls_attention(self.engine.teacher_backbone(), images.to(self.engine.device)).cpu()
         if not is_main():
@@ -149,9 +149,41 @@ class Report:
         colours = self._pca(tokens).project(tokens)
         self.metrics.picture(step, "images", picture(images, data.mean, data.std, colours, attention))
 
+    def _first_images(self, shards: Sequence[str], key_name: str, number: int) -> Tensor:
+        """(n, C, S, S) at the size of the global crops."""
+        data, size = self.cfg.data, self.cfg.data.global_crops.size
+        scaling = (data.mean, data.std)
+        return first_images(shards, key_name, number, size, size, *scaling, data.channels, data.decode)
+
     def _pca(self, tokens: Tensor) -> PatchPca:
         """One basis through the run, so that a colour means the same at every step."""
         path = self.folder / "patch_pca.safetensors"
         if not path.exists():
             PatchPca.fit(tokens).save(path)
         return PatchPca.load(path)
+
+    def look_for_artifacts(self, step: int) -> None:
+        """Singular defects of the teacher on the images of `log.artifacts`, when there are any.
+
+        Every rank takes part in gathering a sharded teacher. Rank 0 then looks at it alone, as the cores of a
+        machine predict the directions only once; the others wait here, where no watchdog counts.
+        """
+        if not self.cfg.log.artifacts.shards:
+            return
+        backbone = self.engine.teacher_backbone()
+        if is_main():
+            self._diagnose(step, backbone)
+        barrier()
+
+    def _diagnose(self, step: int, backbone: VisionTransformer) -> None:
+        cfg = self.cfg.log.artifacts
+        images = self._first_images(cfg.shards, "log.artifacts.shards", cfg.number)
+        try:
+            found = diagnose_now(backbone, images)
+        except InputError as error:  # nothing to plot is no reason to end a run
+            self.progress.say(f"step {step}: log.artifacts: {error}")
+            return
+        patches = (images.shape[-1] // backbone.patch_size) ** 2
+        self.metrics.write(step, artifact_figures(found.layers, patches))
+        if found.verdict != "clean":
+            self.progress.say(f"step {step}: patch tokens stand out: {found.reason}")

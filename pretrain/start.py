@@ -81,6 +81,8 @@ def load_backbone(backbone: VisionTransformer, path: Path) -> None:
     ]
     wanted = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in export.state.items()}
+    if export.model.register_neurons:
+        faults.append("it has a test-time register, which training does not; take the file it was made from")
     faults += [f"{key} is missing" for key in wanted if key not in given]
     faults += [f"{key} is not expected" for key in given if key not in wanted]
     faults += [

@@ -173,6 +173,8 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
             with watchdog.paused():
                 if due(run, cfg.log.images.every):
                     report.draw(run.step)
+                if due(run, cfg.log.artifacts.every):
+                    report.look_for_artifacts(run.step)
                 if due(run, cfg.log.knn.every):
                     report.evaluate(run.step)
             if due(run, cfg.checkpoint.every):

@@ -1,11 +1,15 @@
 """What several test files read."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.data.digits import write_digits
 from tests.engines.layout_runs import LAYOUTS, ZERO3, train, write_config
+
+NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +35,24 @@ def zero3(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero3")
     train([write_config(shards, folder / "two", "ddp2", *ZERO3)], folder, "ddp2")
     return folder / "two"
+
+
+@pytest.fixture(scope="session")
+def other_programs() -> Iterator[None]:
+    """transformers and timm can be imported.
+
+    Both import torchvision, whose wheel does not load beside a torch for CPUs until the operators that it
+    describes have schemas; nothing here calls them.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            library.define(name + NMS)
+    import timm  # noqa: F401
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    del library

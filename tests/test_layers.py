@@ -30,7 +30,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     },
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery", "cluster"},
-    {"analysis", "sinder", "registers"},
+    {"analysis", "sinder", "probing", "registers"},
     {"start", "report", "train", "dry_run", "preflight", "job", "cli", "__main__"},
 ]
 ARROWS = {
@@ -39,7 +39,9 @@ ARROWS = {
     *{("session", name) for name in ("config", "distributed", "errors", "faults", "ranks")},
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
     *{("engines", "run"), ("cluster", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
-    *{("sinder", "analysis"), ("registers", "analysis")},
+    ("sinder", "analysis"),
+    ("probing", "analysis"),
+    ("registers", "analysis"),
     *{
         ("train", "start"),
         ("train", "report"),

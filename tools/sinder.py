@@ -2,13 +2,15 @@
 
     python tools/sinder.py diagnose dinov2_vitg14_pretrain.pth --images photos/ --report diagnosis.html
     python tools/sinder.py repair dinov2_vitg14_pretrain.pth --images photos/ --out repaired.pth
-    python tools/sinder.py compare dinov2_vitg14_pretrain.pth repaired.pth --images photos/ --report both.html
+    python tools/sinder.py registers dinov2_vitg14_pretrain.pth --images photos/ --out with.safetensors
+    python tools/sinder.py compare dinov2_vitg14_pretrain.pth repaired.pth --images photos/
 
 Weights of any format that tools/surgery.py reads; images from a folder or from shards ('data/train-*.tar').
 `diagnose` says `clean`, `mild` or `defective` and why; without images only what the weights predict.
 `repair` trains singular values alone, watches held-out images, and writes the weights in the form they had;
 where there is nothing to repair it writes nothing. An interrupted repair goes on when the same command is
-given again. `compare` lays copies of one model side by side, by the thresholds of the first.
+given again. `registers` changes no weight: an export gets a test-time register instead (arXiv 2506.08010).
+`compare` lays copies of one model side by side, by the thresholds of the first.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from rich.table import Table as Shown
 from pretrain.analysis.backbone import build_backbone
 from pretrain.analysis.images import ImageSet
 from pretrain.analysis.masks import read_masks
-from pretrain.command_line import Parser, exit_status
+from pretrain.command_line import exit_status
 from pretrain.config.derived import vit_shape
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights, read_weights
@@ -40,101 +42,19 @@ from pretrain.sinder.held_out import Measure
 from pretrain.sinder.hits import Criterion
 from pretrain.sinder.labels import Labels
 from pretrain.sinder.look import look
+from pretrain.sinder.options import check, parse
+from pretrain.sinder.registers_file import RegistersOrder, registers_file
+from pretrain.sinder.registers_report import report_parts
 from pretrain.sinder.repair import RepairSettings, Step
 from pretrain.sinder.repair_file import RepairOrder, RepairReport, repair_file
 from pretrain.sinder.repair_log import RepairLog
-from pretrain.sinder.report import Report, figures_path, write_report
+from pretrain.sinder.report import Report, write_report
 from pretrain.sinder.tables import Table, diagnosis_table, shares_table, summary_table
 from pretrain.surgery.architecture import Settings
 
-DEFAULTS, METHOD = RepairOrder(Path()), RepairSettings()
 PICTURES = 6  # images that a report shows
-COUNTS = ("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least")
 out, errors = Console(highlight=False, markup=False, width=120), Console(stderr=True)
 bars = Progress(console=errors, transient=True, disable=not errors.is_terminal)
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog="sinder.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    verb = verbs.add_parser("diagnose", help="are there defects, where, and how many", allow_abbrev=False)
-    verb.set_defaults(run=run_diagnose)
-    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
-    verb.add_argument("--images", metavar="SRC", help="a folder, or a pattern of shards")
-    verb.add_argument("--number", type=int, default=16, help="images to look at; default 16")
-    verb.add_argument("--biases", action="store_true", help="predict with biases too (homogeneous variant)")
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    _add_common(verb)
-    verb = verbs.add_parser("repair", help="train singular values until they are gone", allow_abbrev=False)
-    verb.set_defaults(run=run_repair)
-    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
-    _add_repair(verb)
-    _add_common(verb)
-    verb = verbs.add_parser("compare", help="copies of one model on the same images", allow_abbrev=False)
-    verb.set_defaults(run=run_compare)
-    _add_compare(verb)
-    _add_common(verb)
-    return parser.parse_args(arguments)
-
-
-def _add_common(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--report", metavar="FILE.html", type=Path, help="a page with plots and pictures")
-    verb.add_argument("--force", action="store_true", help="replace files that are there")
-    verb.add_argument("--size", type=int, help="pixels of the images; default: those of the position grid")
-    verb.add_argument("--batch-size", type=int, default=8, help="images at once; default 8")
-    verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    verb.add_argument("--num-heads", type=int, help="attention heads, where the weights do not tell")
-    verb.add_argument("--branch", metavar="NAME", help="student or teacher, where there are both")
-    verb.add_argument("--seed", type=int, default=0, help="of the order of the images; default 0")
-
-
-def _add_compare(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("sources", metavar="CKPT", type=Path, nargs="+", help="the original, then copies")
-    verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
-    verb.add_argument("--number", type=int, default=16, help="images to look at; default 16")
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.add_argument("--masks", metavar="DIR", type=Path, help="NAME.png of classes for each image")
-    verb.add_argument("--knn-train", metavar="SHARDS", nargs="+", default=[], help="labelled, for k-NN")
-    verb.add_argument("--knn-test", metavar="SHARDS", nargs="+", default=[], help="likewise")
-
-
-def _add_repair(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
-    verb.add_argument("--out", type=Path, required=True, help="where the repaired weights go")
-    verb.add_argument("--log", metavar="DIR", type=Path, help="a new folder, for TensorBoard")
-    criterion = METHOD.criterion
-    numbers = (
-        ("--lr", METHOD.lr, "of SGD"),
-        ("--limit-layers", criterion.limit_layers, "blocks that a defect may change, its own the last"),
-        ("--least", criterion.least, "defective patches that make an image count"),
-        ("--max-images", METHOD.max_images, "images to train on, again and again where there are fewer"),
-        ("--window", METHOD.window, "last images that --stop-share looks at"),
-        ("--stop-share", METHOD.stop_share, "of them without defects: done"),
-        ("--held-out", DEFAULTS.held_out, "images that are never trained on"),
-        ("--check-every", DEFAULTS.check_every, "images between looks at the held-out ones"),
-        ("--min-cls-cosine", DEFAULTS.min_cls_cosine, "of class tokens with the original's: else it stops"),
-        ("--min-patch-cosine", DEFAULTS.min_patch_cosine, "of clean patches, likewise"),
-    )
-    for name, default, text in numbers:
-        verb.add_argument(name, type=type(default), default=default, help=f"{text}; default {default:g}")
-    verb.add_argument("--bf16", action="store_true", help="blocks in bfloat16")
-
-
-def check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is read."""
-    for name in COUNTS:
-        if getattr(options, name, 1) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
-    report: Path | None = options.report
-    if report is None:
-        return
-    if report.suffix != ".html":
-        raise InputError(f"--report: {report} must end in .html; figures go beside it, in .figures.json")
-    for path in (report, figures_path(report)):
-        if path.exists() and not options.force:
-            raise InputError(f"--report: {path} exists; choose another name, or --force")
 
 
 def _read(options: argparse.Namespace, path: Path) -> Weights:
@@ -271,10 +191,8 @@ def run_repair(options: argparse.Namespace) -> int:
     with closing(RepairLog(options.log, goes_on)) as log:
         report = repair_file(weights, directions, images, settings, order, _watch(task, log))
     _print_repair(options.out, report)
-    if options.report and options.out.exists():
-        _, pixels = images.chosen(images.held_out(options.seed, options.held_out))
-        subjects = _compare(options, [weights, _read(options, options.out)], pixels, None)
-        _report(options, subjects, pixels, comparison_document(subjects))
+    if report.written:
+        _report_change(options, weights, images)
     return 0
 
 
@@ -290,6 +208,43 @@ def _watch(task: TaskID, log: RepairLog) -> Any:
             print(f"{step.images} images: {share}, {cosines}", file=sys.stderr)
 
     return watch
+
+
+def run_registers(options: argparse.Namespace) -> int:
+    """Find register neurons, and say what they do."""
+    weights = _read(options, options.sources[0])
+    order = RegistersOrder(
+        options.out,
+        options.hook,
+        sys.argv[1:],
+        options.force,
+        options.neurons,
+        options.last_block,
+        options.number,
+        options.held_out,
+        options.batch_size,
+        options.seed,
+        options.min_cls_cosine,
+        options.min_patch_cosine,
+        options.device,
+    )
+    images, directions = _images(options, weights), _predict(weights)
+    task = bars.add_task("finding neurons", total=options.number)
+    found = registers_file(weights, directions, images, order, lambda n: bars.advance(task, n))
+    for part in report_parts(options.out, options.hook, found):
+        print(part) if isinstance(part, str) else out.print(part)
+    if found.chosen is not None:
+        _report_change(options, weights, images)
+    return 0
+
+
+def _report_change(options: argparse.Namespace, weights: Weights, images: ImageSet) -> None:
+    """Original and result on the held-out images, where a report is asked for."""
+    if not options.report:
+        return
+    _, pixels = images.chosen(images.held_out(options.seed, options.held_out))
+    subjects = _compare(options, [weights, _read(options, options.out)], pixels, None)
+    _report(options, subjects, pixels, comparison_document(subjects))
 
 
 def _print(table: Table) -> None:
@@ -322,10 +277,18 @@ def _print_repair(path: Path, report: RepairReport) -> None:
 
 def main() -> int:
     """Run one verb."""
-    options = parse(sys.argv[1:])
+    options = parse(sys.argv[1:], str(__doc__))
     check(options)
     with bars:
-        return int(options.run(options))
+        match options.verb:
+            case "diagnose":
+                return run_diagnose(options)
+            case "repair":
+                return run_repair(options)
+            case "registers":
+                return run_registers(options)
+            case _:
+                return run_compare(options)
 
 
 if __name__ == "__main__":

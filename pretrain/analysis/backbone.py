@@ -1,6 +1,10 @@
-"""Weights as a model that computes."""
+"""Weights as a model that computes, and as a name for what was computed with them."""
+
+import hashlib
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from pretrain.export.weights import Weights
 from pretrain.models.vit import VisionTransformer
@@ -13,3 +17,12 @@ def build_backbone(weights: Weights, device: torch.device) -> VisionTransformer:
     state = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in weights.state.items()}
     backbone.load_state_dict(state, assign=True)
     return backbone.requires_grad_(False).eval()
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits that name weights: equal for equal names, types and numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

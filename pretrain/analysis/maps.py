@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain.config.derived import prefix_tokens
 from pretrain.errors import InputError
 from pretrain.models.attention import Attention
 from pretrain.models.block import Block
@@ -104,10 +105,11 @@ def cls_attention(model: VisionTransformer, images: Tensor) -> Tensor:
     # Queries and keys are computed a second time within the forward, where every engine has the weights.
     hook = cast(Block, model.blocks[-1]).attn.register_forward_pre_hook(look)
     try:
-        model([images])
+        with torch.compiler.set_stance("force_eager"):  # compiled code does not notice the hook
+            model([images])
     finally:
         hook.remove()
-    prefix = 1 + model.cfg.num_register_tokens
+    prefix = prefix_tokens(model.cfg)
     rows, cols = (side // model.patch_size for side in images.shape[-2:])
     return shares[0][..., prefix:].reshape(len(images), -1, rows, cols)
 

@@ -76,6 +76,7 @@ def _check_shards(cfg: Config) -> None:
         "log.knn.train": cfg.log.knn.train,
         "log.knn.test": cfg.log.knn.test,
         "log.images.shards": cfg.log.images.shards,
+        "log.artifacts.shards": cfg.log.artifacts.shards,
         **{f"data.sources.{i}.shards": source.shards for i, source in enumerate(cfg.data.sources)},
     }
     if not cfg.data.sources:

@@ -75,7 +75,7 @@ def job_name(cfg: Config) -> str:
 
 def with_absolute_paths(cfg: Config) -> Config:
     """The config with absolute paths: a job starts in another folder than the one it was sent from."""
-    knn, images = cfg.log.knn, cfg.log.images
+    knn, images, artifacts = cfg.log.knn, cfg.log.images, cfg.log.artifacts
     knn = replace(knn, train=_shards(knn.train), test=_shards(knn.test))
     sources = [replace(source, shards=_shards(source.shards)) for source in cfg.data.sources]
     cache = replace(cfg.data.cache, dir=_path(cfg.data.cache.dir))
@@ -85,7 +85,12 @@ def with_absolute_paths(cfg: Config) -> Config:
         model=replace(cfg.model, init_from=_path(cfg.model.init_from)),
         data=replace(cfg.data, shards=_shards(cfg.data.shards), sources=sources, cache=cache),
         checkpoint=replace(cfg.checkpoint, resume_from=_path(cfg.checkpoint.resume_from)),
-        log=replace(cfg.log, knn=knn, images=replace(images, shards=_shards(images.shards))),
+        log=replace(
+            cfg.log,
+            knn=knn,
+            images=replace(images, shards=_shards(images.shards)),
+            artifacts=replace(artifacts, shards=_shards(artifacts.shards)),
+        ),
     )
 
 

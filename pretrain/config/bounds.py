@@ -29,7 +29,7 @@ BOUNDS = (
         data.global_crops.size data.local_crops.size data.local_crops.number mask.min_patches
         optim.global_batch_size engine.accumulation_steps engine.fsdp2.replicate checkpoint.every
         checkpoint.keep checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop
-        log.knn.batch_size log.images.number run.preemption_check_every
+        log.knn.batch_size log.images.number log.artifacts.number run.preemption_check_every
         cluster.nodes cluster.tasks_per_node cluster.cpus_per_task cluster.max_crashes
         """,
     ),
@@ -45,7 +45,7 @@ BOUNDS = (
         data.workers data.augment.brightness data.augment.contrast data.augment.saturation optim.min_lr
         optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
         optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps checkpoint.keep_every
-        log.knn.every log.images.every log.norms_every engine.hang_timeout
+        log.knn.every log.images.every log.artifacts.every log.norms_every engine.hang_timeout
         cluster.gpus_per_node cluster.mem_gb cluster.max_restarts cluster.max_bad_nodes
         cluster.preflight_timeout cluster.min_free_gb
         """,

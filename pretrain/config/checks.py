@@ -78,6 +78,8 @@ def _check_model(model: ModelConfig) -> None:
         else:
             fault = f"model.arch={arch} sets it; remove it or use model.arch=custom"
             _require(value is None, f"model.{name}", fault)
+    fault = "test-time registers are for released models at inference, training has none; set it to []"
+    _require(not model.register_neurons, "model.register_neurons", fault)
     width, _, heads = vit_shape(model)
     _require(width % heads == 0, "model.num_heads", f"{heads} heads do not divide width {width}; change one")
 

@@ -41,6 +41,11 @@ def position_grid(model: ModelConfig) -> tuple[int, int]:
     return model.img_size // model.patch_size, width // model.patch_size
 
 
+def prefix_tokens(model: ModelConfig) -> int:
+    """Tokens before the patches: class token, trained registers and, last, the test-time register."""
+    return 1 + model.num_register_tokens + bool(model.register_neurons)
+
+
 def drop_path_rates(model: ModelConfig) -> tuple[float, ...]:
     """Drop-path rate of each block."""
     depth = vit_shape(model).depth

@@ -24,6 +24,7 @@ from pretrain.errors import InputError
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)=(?P<value>.*)", re.DOTALL)
+INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it
 
 
 class ConfigError(InputError):
@@ -261,9 +262,9 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
 
 
 def _escape(value: Any) -> Any:
-    """Plain text kept plain: `${` would be read as an interpolation."""
+    """Plain text kept plain: `${` would be read as an interpolation, backslashes before it as escapes."""
     if isinstance(value, dict):
         return {name: _escape(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_escape(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value

@@ -36,6 +36,8 @@ class ModelConfig:
     img_width: int | None = None  # pixels; columns of a position grid that is not square; null = img_size
     in_channels: int = 3  # of the images, as data.channels
     num_register_tokens: int = 0  # 4 in the released "reg" models
+    register_neurons: list[list[int]] = field(default_factory=list)  # [block, hidden unit] pairs whose
+    # activations move to one more token at inference (arXiv 2506.08010); tools/sinder.py finds them
     ffn_layer: Literal["mlp", "swiglu"] = "mlp"  # swiglu = DINOv2's swiglufused
     ffn_ratio: float = 4.0  # hidden width / D, before SwiGLU's 2/3
     layer_scale: float | None = 1e-5  # initial LayerScale; null = no LayerScale
@@ -298,6 +300,17 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
+class ArtifactsConfig:
+    """Singular defects of the teacher: which patch tokens stand out after each block; see docs/sinder.md."""
+
+    shards: list[str] = field(
+        default_factory=list
+    )  # the first images of these, labelled or not; empty = none
+    number: int = 16  # images
+    every: int = 1_000  # steps; 0 = only at the end
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is written while the run trains."""
 
@@ -307,6 +320,7 @@ class LogConfig:
     profile_steps: list[int] = field(default_factory=list)  # [first, last]: trace steps first to last - 1
     knn: KnnConfig = field(default_factory=KnnConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
+    artifacts: ArtifactsConfig = field(default_factory=ArtifactsConfig)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Labelled images in stored order, for evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +16,7 @@ from pretrain.data.reader import Item, Reader
 from pretrain.data.shards import list_shards
 from pretrain.errors import InputError
 
+Change = Callable[[str, Pixels], Pixels]  # of a sample's key and pixels (H, W, C) uint8
 THREADS = 8  # that decode; the decoders release the interpreter lock
 
 
@@ -29,6 +30,7 @@ def labelled_batches(
     batch_size: int,
     channels: int = 3,
     decoding: DecodeConfig = DEFAULT,
+    change: Change | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of shards, in the order of the files; the last batch may be smaller.
 
@@ -42,6 +44,7 @@ def labelled_batches(
         batch_size: images in a batch.
         channels: C of the pixels.
         decoding: section `data.decode`; `scale` is not used.
+        change: makes other pixels of each sample's, such as corrupted ones, at the size of the crop.
 
     Yields:
         (b, C, crop, crop) float32 normalised and (b,) int64.
@@ -56,13 +59,21 @@ def labelled_batches(
     reader = Reader(list_shards(patterns, key_name))
     order = Order(reader.sizes, seed=0, shuffle="none", open_shards=1)
     shift, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+
+    def prepared(item: Item) -> Pixels:
+        return prepare(item, key_name, resize, crop, channels, decoding)
+
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(order), batch_size):
             positions = range(start, min(start + batch_size, len(order)))
             items = [_labelled(reader, order.at(position), key_name) for position in positions]
-            images = pool.map(lambda item: prepare(item, key_name, resize, crop, channels, decoding), items)
+            images = pool.map(lambda item: _changed(item, prepared(item), change), items)
             pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).contiguous().float() / 255
             yield (pixels - shift) / scale, torch.tensor([item.label for item in items])
+
+
+def _changed(item: Item, pixels: Pixels, change: Change | None) -> Pixels:
+    return pixels if change is None else change(item.key, pixels)
 
 
 def _labelled(reader: Reader, sample: Sample, key_name: str) -> Item:

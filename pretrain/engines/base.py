@@ -52,7 +52,7 @@ class Engine(Protocol):
         """Norms of the student's weights and gradients per layer; between `backward` and `step`."""
 
     def teacher_backbone(self) -> VisionTransformer:
-        """The teacher's backbone with whole weights, to look into."""
+        """The teacher's backbone with whole weights on every rank, to look into; collective."""
 
     def bad_steps(self) -> tuple[int, int]:
         """Steps skipped so far, and how many of them in a row just now; waits for the device."""

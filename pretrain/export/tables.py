@@ -22,10 +22,16 @@ def architecture_line(model: ModelConfig) -> str:
     return (
         f"{model.arch}: width {dim}, {depth} blocks, {heads} heads, {model.ffn_layer} of "
         f"{ffn_hidden_dim(model)}, patch {model.patch_size}, positions {rows} x {columns}, "
-        f"{model.in_channels} channels, {model.num_register_tokens} registers, "
+        f"{model.in_channels} channels, {model.num_register_tokens} registers, {_test_time_register(model)}"
         f"{'no ' if model.layer_scale is None else ''}LayerScale; interpolation offset "
         f"{model.pos_embed_offset:g}, antialias {str(model.pos_embed_antialias).lower()}"
     )
+
+
+def _test_time_register(model: ModelConfig) -> str:
+    blocks = sorted({block for block, _ in model.register_neurons})
+    number = len(model.register_neurons)
+    return f"a test-time register of {number} neurons in blocks {blocks}, " if number else ""
 
 
 def changes_table(changes: Sequence[Change]) -> list[RenderableType]:

@@ -66,6 +66,7 @@ def transform(source: Path, operation: Operation, order: Order) -> Written:
     weights = _read(source, order)
     state, model = operation(weights.state, weights.model)
     changes = (*weights.changes, *losses(state, model, _target(order)))
+    _permit(source, changes, order.allow_loss)
     write_export(
         order.out, state, model, with_entry(weights.about, TOOL, order.arguments, [source], order.stage)
     )
@@ -112,13 +113,15 @@ def combine(
     steps = [weights.about["step"] for weights in read if "step" in weights.about]
     if ascending and steps != sorted(steps):
         raise InputError(f"the oldest file comes first, these are of the steps {steps}")
+    lost = losses(read[0].state, read[0].model, _target(order))
+    _permit(sources[0], lost, order.allow_loss)
     advance = order.stage("averaging", size(read[0].state))
     state = average([weights.state for weights in read], shares, advance)
     abouts = [weights.about for weights in read]
     about = with_entry(common(abouts), TOOL, order.arguments, sources, order.stage, abouts)
     write_export(order.out, state, read[0].model, about)
     changes = [replace(c, what=f"{w.path}: {c.what}") for w in read for c in w.changes]
-    return Written(read[0].model, len(state), tuple(changes))
+    return Written(read[0].model, len(state), (*changes, *lost))
 
 
 def recast(source: Path, dtype: torch.dtype, order: Order) -> Written:

@@ -1,6 +1,6 @@
 """One pre-norm transformer block over packed sequences, with LayerScale and batch-subset drop path."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.nn import functional
 from pretrain.models.attention import Attention, Backend
 from pretrain.models.ffn import build_ffn
 from pretrain.models.packing import Layout, Subset
+from pretrain.models.register_neurons import move_to_register
 
 
 class LayerNorm(nn.LayerNorm):
@@ -44,8 +45,23 @@ class Block(nn.Module):
         ffn_hidden_dim: int,
         layer_scale: float | None,
         backend: Backend,
+        prefix: int = 1,
+        register_neurons: Sequence[int] = (),
     ) -> None:
+        """Build it without weights.
+
+        Args:
+            dim: width D.
+            num_heads: of attention.
+            ffn_layer: mlp or swiglu.
+            ffn_hidden_dim: hidden units M of it.
+            layer_scale: initial value, or None for none.
+            backend: of attention.
+            prefix: tokens before the patches of a sequence; read with `register_neurons` only.
+            register_neurons: hidden units whose activations move to the last of these tokens.
+        """
         super().__init__()
+        self.prefix, self.register_neurons = prefix, tuple(register_neurons)
         self.norm1 = LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, backend)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
@@ -57,7 +73,13 @@ class Block(nn.Module):
         """(T, D) to (T, D); with `subsets`, each branch runs on its own subset of the sequences."""
         attention, ffn = subsets if subsets is not None else (None, None)
         x = _residual(x, layout, attention, lambda y, lay: self.ls1(self.attn(self.norm1(y), lay)))
-        return _residual(x, layout, ffn, lambda y, lay: self.ls2(self.mlp(self.norm2(y))))
+        return _residual(x, layout, ffn, lambda y, lay: self.ls2(self._feed_forward(self.norm2(y), lay)))
+
+    def _feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
+        if not self.register_neurons:
+            return self.mlp(x)
+        hidden = move_to_register(self.mlp.hidden(x), layout, self.prefix, self.register_neurons)
+        return self.mlp.output(hidden)
 
 
 def _residual(

@@ -17,7 +17,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return self.fc2(self.act(self.fc1(x)))
+        return self.output(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Activations of the hidden units, (..., D) to (..., M)."""
+        return self.act(self.fc1(x))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """(..., M) to (..., D)."""
+        return self.fc2(hidden)
 
 
 class SwiGlu(nn.Module):
@@ -30,11 +38,19 @@ class SwiGlu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
+        return self.output(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Activations of the hidden units, (..., D) to (..., M)."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(silu(gate) * value)
+        return silu(gate) * value
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """(..., M) to (..., D)."""
+        return self.w3(hidden)
 
 
-def build_ffn(kind: Literal["mlp", "swiglu"], dim: int, hidden_dim: int) -> nn.Module:
+def build_ffn(kind: Literal["mlp", "swiglu"], dim: int, hidden_dim: int) -> Mlp | SwiGlu:
     """The feed-forward layer of `model.ffn_layer`."""
     match kind:
         case "mlp":

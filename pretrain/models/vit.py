@@ -11,19 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, position_grid, vit_shape
+from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, position_grid, prefix_tokens, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.models.attention import Backend
 from pretrain.models.block import Block
 from pretrain.models.packing import Subset, drop_path_subsets, pack, unpack
 from pretrain.models.pos_embed import interpolate_pos_embed
+from pretrain.models.register_neurons import neurons_of
 
 
 class Features(NamedTuple):
     """Output tokens of one group of images, after the final norm."""
 
     cls: Tensor  # (B, D)
-    registers: Tensor  # (B, R, D)
+    registers: Tensor  # (B, R, D), the test-time register last
     patches: Tensor  # (B, N, D)
 
 
@@ -55,9 +56,10 @@ class VisionTransformer(nn.Module):
         if cfg.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, cfg.num_register_tokens, dim))
         self.mask_token = nn.Parameter(torch.empty(1, dim))
-        hidden = ffn_hidden_dim(cfg)
+        kind, hidden, prefix = cfg.ffn_layer, ffn_hidden_dim(cfg), prefix_tokens(cfg)
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, cfg.ffn_layer, hidden, cfg.layer_scale, backend) for _ in range(depth)
+            Block(dim, num_heads, kind, hidden, cfg.layer_scale, backend, prefix, neurons_of(cfg, index))
+            for index in range(depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -69,16 +71,20 @@ class VisionTransformer(nn.Module):
             masks: (B, N) bool; hidden patches become the mask token before positions are added.
 
         Returns:
-            (B, 1 + R + N, D): class token, registers (without position), patches.
+            (B, 1 + R + N, D): class token, registers (without position), patches. The last register is one
+            of zeros where there are `model.register_neurons`.
         """
         x = self.patch_embed(images)
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype).unsqueeze(0), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = x + self.positions(images.shape[-2], images.shape[-1])
-        if not self.cfg.num_register_tokens:
-            return x
-        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        registers = []
+        if self.cfg.num_register_tokens:
+            registers.append(self.register_tokens.expand(len(x), -1, -1))
+        if self.cfg.register_neurons:
+            registers.append(x.new_zeros(len(x), 1, self.embed_dim))
+        return torch.cat([x[:, :1], *registers, x[:, 1:]], dim=1) if registers else x
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings (1, 1 + N, D) for images of a size in pixels.
@@ -128,5 +134,5 @@ class VisionTransformer(nn.Module):
         return [outputs[index] for index in layers]
 
     def _features(self, tokens: Tensor) -> Features:
-        prefix = 1 + self.cfg.num_register_tokens
+        prefix = prefix_tokens(self.cfg)
         return Features(tokens[:, 0], tokens[:, 1:prefix], tokens[:, prefix:])

@@ -4,9 +4,8 @@ A file holds them in fp32 (norms of registers leave the range of half precision)
 and the preprocessing that they belong to.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from pretrain.analysis.images import ImageSet
 from pretrain.analysis.taps import Look, Place, tapped
+from pretrain.config.derived import prefix_tokens
 from pretrain.errors import InputError, first_line
 from pretrain.export.own import map_safetensors, write_tensors
 from pretrain.models.vit import VisionTransformer
@@ -34,23 +34,13 @@ class Calibration:
     var: Tensor  # (L, T, D) divided by n
     bank: Tensor  # (m, L, 1 + R + BANK_PATCHES, D) tokens of m of the images: prefix, then random patches
     keys: tuple[str, ...]  # of the n images
-    weights: str  # hash
+    weights: str  # `fingerprint`
     preprocessing: str  # in words
 
     @property
     def images(self) -> int:
         """The n of mean and variance."""
         return len(self.keys)
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes, types and values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def preprocessing(images: ImageSet) -> str:
@@ -74,7 +64,7 @@ def calibrate(
     Args:
         backbone: on any device.
         batches: of the calibration images.
-        weights: `weights_hash`.
+        weights: `fingerprint`.
         words: `preprocessing`.
         bank_images: whole examples kept, the first ones.
         seed: of the patches kept.
@@ -105,7 +95,7 @@ def _looks(
     backbone: VisionTransformer, moments: list[Moments], wanted: list[str], seed: int
 ) -> tuple[dict[Place, Look], list[Tensor]]:
     """Looks at all blocks of a batch, and the tokens that they keep of its first images."""
-    registers = backbone.cfg.num_register_tokens
+    registers = prefix_tokens(backbone.cfg) - 1
     kept: list[Tensor] = []  # of each block (wanted, 1 + R + BANK_PATCHES, D)
 
     def look_at(own: Moments) -> Look:
@@ -151,7 +141,7 @@ def load(path: Path, weights: str, words: str, evaluated: Collection[str]) -> Ca
 
     Args:
         path: of the file.
-        weights: `weights_hash` of the model.
+        weights: `fingerprint` of the model.
         words: `preprocessing` of the images.
         evaluated: keys of images that must not be among the calibration's.
 

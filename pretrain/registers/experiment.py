@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pretrain.analysis.backbone import build_backbone
+from pretrain.analysis.backbone import build_backbone, fingerprint
 from pretrain.analysis.images import ImageSet
-from pretrain.config.derived import vit_shape
+from pretrain.config.derived import prefix_tokens, vit_shape
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights
 from pretrain.models.vit import VisionTransformer
 from pretrain.registers import samples
-from pretrain.registers.calibration import Calibration, calibrate, load, preprocessing, save, weights_hash
+from pretrain.registers.calibration import Calibration, calibrate, load, preprocessing, save
 from pretrain.registers.conditions import Condition, fitting
 from pretrain.registers.interventions import Intervention, parse_blocks
 from pretrain.registers.looks import FULL, Looked, Seen, look
@@ -80,7 +80,7 @@ def run(weights: Weights, images: ImageSet, order: Order, stage: Stage) -> Exper
     Raises:
         InputError: the images are too few, or the order does not fit the model.
     """
-    registers, grid = weights.model.num_register_tokens, images.size // weights.model.patch_size
+    registers, grid = prefix_tokens(weights.model) - 1, images.size // weights.model.patch_size
     kept = fitting(order.conditions, registers, grid**2)
     blocks = parse_blocks(order.blocks, vit_shape(weights.model).depth)
     labelled = _labelled(images)
@@ -120,7 +120,7 @@ def _calibrated(
     stage: Stage,
 ) -> Calibration:
     """That of the file, or of images that are evaluated nowhere, byte for byte."""
-    name, words, file = weights_hash(weights.state), preprocessing(images), order.calibration_file
+    name, words, file = fingerprint(weights.state), preprocessing(images), order.calibration_file
     evaluated = samples.keys(images, [*split.test, *split.train])
     if file is not None and file.exists():
         return load(file, name, words, evaluated)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pretrain.config.derived import prefix_tokens
 from pretrain.errors import InputError
 from pretrain.models.vit import VisionTransformer
 from pretrain.registers.calibration import Calibration
@@ -75,7 +76,7 @@ def intervened(
         yield torch.empty(len(keys), 0, dtype=torch.int64)
         return
     tokens = intervention.condition.tokens
-    places = slots(tokens, keys, backbone.cfg.num_register_tokens, patches, intervention.seed)
+    places = slots(tokens, keys, prefix_tokens(backbone.cfg) - 1, patches, intervention.seed)
     with ExitStack() as hooks:
         for block in intervention.blocks:
             hook = _hook(block, intervention, keys, places, watch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.analysis.taps import Look, Place, tapped
+from pretrain.config.derived import prefix_tokens
 from pretrain.models.block import Block
 from pretrain.models.vit import Features, VisionTransformer
 from pretrain.registers.attention import AttentionShift
@@ -90,7 +91,7 @@ def _look(
 ) -> None:
     """One batch; attention of its first `compared` images."""
     pixels, patches = on_device(backbone, batch.pixels)
-    prefix, normed = 1 + backbone.cfg.num_register_tokens, dict[int, Tensor]()
+    prefix, normed = prefix_tokens(backbone.cfg), dict[int, Tensor]()
     with tapped(backbone, len(pixels), _keeping(backbone, normed, compared)):
         full = backbone([pixels])[0]
     _pool(whole.seen[FULL], full)
@@ -146,7 +147,7 @@ def _comparing(
     compared: int,
 ) -> dict[Place, Look]:
     """Looks that compare attention of the first images with what was kept."""
-    prefix, looks = 1 + backbone.cfg.num_register_tokens, dict[Place, Look]()
+    prefix, looks = prefix_tokens(backbone.cfg), dict[Place, Look]()
     for block, full in normed.items():
         attention = cast(Block, backbone.blocks[block]).attn
         looks[Place(block, "LN1")] = shift.look(block, attention, full, places[:compared], prefix)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pretrain.analysis.images import ImageSet
 from pretrain.analysis.masks import read_masks
 from pretrain.analysis.segmentation import confusions, fit_segmentation, summary
+from pretrain.config.derived import prefix_tokens
 from pretrain.errors import InputError
 from pretrain.models.vit import VisionTransformer
 from pretrain.registers.classification import fit_probe, probe_hits, recall_at_one
@@ -102,7 +103,7 @@ def _both(
         features(backbone, images, keys, intervention)
         for images, keys in ((batch.pixels, batch.keys), (pixels, names))
     )
-    prefix, number = 1 + backbone.cfg.num_register_tokens, first.patches.shape[1]
+    prefix, number = prefix_tokens(backbone.cfg), first.patches.shape[1]
     kept = (untouched(at, prefix, number), untouched(there, prefix, number))
     return _Pairs((first.patches, second.patches), kept)
 

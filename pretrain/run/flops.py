@@ -16,7 +16,14 @@ twice to save memory. For one image:
 from itertools import pairwise
 from typing import NamedTuple
 
-from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, ibot_head, kept_rows, vit_shape
+from pretrain.config.derived import (
+    drop_path_rates,
+    ffn_hidden_dim,
+    ibot_head,
+    kept_rows,
+    prefix_tokens,
+    vit_shape,
+)
 from pretrain.config.schema import Config, HeadConfig, ModelConfig
 from pretrain.heads.rmlp import rmlp_widths
 
@@ -53,7 +60,7 @@ class _Crop(NamedTuple):
 def _crop(model: ModelConfig, size: int) -> _Crop:
     dim = vit_shape(model).embed_dim
     patches = (size // model.patch_size) ** 2
-    tokens = 1 + model.num_register_tokens + patches
+    tokens = prefix_tokens(model) + patches
     ffn_weights = (3 if model.ffn_layer == "swiglu" else 2) * dim * ffn_hidden_dim(model)
     linears = tokens * (8 * dim**2 + 2 * ffn_weights)
     embedding = 2 * patches * model.in_channels * model.patch_size**2 * dim

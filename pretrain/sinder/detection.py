@@ -49,8 +49,13 @@ def defective_by_norm(norms: Tensor, threshold: float = NORM_THRESHOLD) -> Tenso
     Returns:
         (B, ...) bool.
     """
+    return norms > norm_limits(norms, threshold)
+
+
+def norm_limits(norms: Tensor, threshold: float = NORM_THRESHOLD) -> Tensor:
+    """Each image's limit of that criterion: of norms (B, ...) as (B, 1, ...)."""
     flat = norms.flatten(1)
     middle = flat.median(dim=1).values
     deviation = (flat - middle[:, None]).abs().median(dim=1).values
-    limit = middle + threshold * deviation.clamp(min=1e-12)
-    return norms > limit.view(-1, *[1] * (norms.ndim - 1))
+    limits = middle + threshold * deviation.clamp(min=1e-12)
+    return limits.view(-1, *[1] * (norms.ndim - 1))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.models.vit import VisionTransformer
+from pretrain.sinder.after_blocks import after_blocks
 from pretrain.sinder.detection import (
     ALIGNED,
     MIN_PATCHES,
@@ -16,7 +17,6 @@ from pretrain.sinder.detection import (
     defective_by_norm,
 )
 from pretrain.sinder.directions import LayerDirection
-from pretrain.sinder.hits import patch_grid, run_block
 
 Verdict = Literal["clean", "mild", "defective", "unknown"]
 # of a layer's patches that stand out by angle and by norm, and their norm over that of the others
@@ -31,7 +31,7 @@ class LayerStatistics:
     by_angle: float  # share of patches that stand out by their angle to the predicted direction
     by_norm: float  # share that stand out by their norm
     by_both: float  # share that stand out by their norm and lie along the direction: `ALIGNED`
-    norm_ratio: float  # mean norm of those by both over the median norm of the others; 1 without
+    norm_ratio: float  # mean norm of those by both over the median of their image's others; 1 without
     predicted_cosine: float  # |cos| of the mean defective token with the predicted direction; 0 without
     between_images: float  # mean |cos| between the images' mean defective tokens; 0 with fewer than two
 
@@ -53,32 +53,32 @@ class Evidence:
 
     def __init__(self, directions: Sequence[LayerDirection]) -> None:
         self.directions = [layer.direction.float() for layer in directions]
-        self.counts = torch.zeros(len(directions), 4)  # patches, by angle, by norm, by both
-        self.norms = torch.zeros(len(directions), 2)  # sums: of defective ones, of medians of the others
+        self.counts = torch.zeros(
+            len(directions), 4, dtype=torch.float64
+        )  # patches, by angle, by norm, by both
+        self.norms = torch.zeros(
+            len(directions), 2, dtype=torch.float64
+        )  # sums: of defective ones, of medians of the others
         self.means: list[list[Tensor]] = [[] for _ in directions]
         self.maps: list[Tensor | None] = [None for _ in directions]
         self.images = 0
 
-    @torch.no_grad()
     def add(self, backbone: VisionTransformer, images: Tensor) -> None:
         """Count the images of a batch (B, C, S, S')."""
-        tokens = backbone.embed(images)
-        for index, direction in enumerate(self.directions):
-            tokens = run_block(backbone, index, tokens)
-            self._count(index, patch_grid(backbone, tokens, images).float(), direction.to(tokens.device))
+        after_blocks(backbone, images, self._count)
         self.images += len(images)
 
-    def _count(self, index: int, patches: Tensor, direction: Tensor) -> None:
-        norms, cosines = patches.norm(dim=-1), alignment(patches, direction)
+    def _count(self, index: int, patches: Tensor) -> None:
+        patches = patches.float()
+        norms, cosines = patches.norm(dim=-1), alignment(patches, self.directions[index].to(patches.device))
         by_norm = defective_by_norm(norms)
         enough = norms[0].numel() >= MIN_PATCHES
         by_angle = defective_by_angle(cosines) if enough else torch.zeros_like(by_norm)
         both = by_norm & (cosines >= ALIGNED)
         found = [norms.numel(), int(by_angle.sum()), int(by_norm.sum()), int(both.sum())]
         self.counts[index] += torch.tensor(found)
-        self.norms[index] += torch.tensor(
-            [norms[both].sum().item(), norms[~both].median().item() * len(norms)]
-        )
+        others = norms.masked_fill(both, torch.nan).flatten(1).nanmedian(dim=1).values
+        self.norms[index] += torch.tensor([norms[both].sum().item(), others.sum().item()])
         for image, mask in zip(patches, both, strict=True):
             if mask.any():
                 self.means[index].append(image[mask].mean(dim=0).cpu())
@@ -135,10 +135,14 @@ def diagnose(
         return Diagnosis("unknown", reason, None, [], 0, None)
     layers = evidence.layers()
     verdict, first, reason = judge(layers)
-    worst = max(range(len(layers)), key=lambda index: layers[index].by_both)
-    counted = evidence.maps[worst]
+    counted = evidence.maps[worst_layer(layers)]
     share = None if counted is None else counted / evidence.images
     return Diagnosis(verdict, reason, first, layers, evidence.images, share)
+
+
+def worst_layer(layers: Sequence[LayerStatistics]) -> int:
+    """The block after which most patches stand out by both; of equal ones the first."""
+    return max(range(len(layers)), key=lambda index: layers[index].by_both)
 
 
 def judge(layers: Sequence[LayerStatistics]) -> tuple[Verdict, int | None, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.config.derived import vit_shape
 from pretrain.config.schema import ModelConfig
+from pretrain.errors import InputError
 from pretrain.sinder.linear_maps import block_maps
 from pretrain.surgery.layouts import State
 
@@ -37,7 +38,11 @@ def defect_directions(
         model: of the state.
         biases: the homogeneous variant; the returned directions leave out the last channel.
         advance: told after each block.
+
+    Raises:
+        InputError: a weight of the blocks is not finite.
     """
+    _refuse_infinite(state)
     dim, depth, _ = vit_shape(model)
     product: Tensor | None = None
     log_scale, layers = 0.0, []
@@ -53,6 +58,15 @@ def defect_directions(
         layers.append(LayerDirection(direction, own, own / own_second, growth, first / second))
         advance(1)
     return layers
+
+
+def _refuse_infinite(state: State) -> None:
+    for name, tensor in state.items():
+        if name.startswith("blocks.") and not tensor.isfinite().all():
+            raise InputError(
+                f"{name}: holds values that are not finite, so no direction can be predicted; "
+                "use weights from before they were damaged"
+            )
 
 
 def leading_left(matrix: Tensor) -> tuple[Tensor, float, float]:

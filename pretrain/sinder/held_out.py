@@ -46,7 +46,7 @@ class Original:
         angle = cosines.mean(dim=2, keepdim=True) + ANGLE_THRESHOLD * cosines.std(dim=2, keepdim=True)
         self.angle_limits = angle.unsqueeze(-1) if norms.shape[2] >= MIN_PATCHES else torch.full((1,), 2.0)
         self.cls, self.patches = seen.cls, seen.patches
-        self.clean = ~(self.by_angle(seen) | self.by_both(seen))[:, -1]  # (n, h, w)
+        self.clean = ~(self.by_both(seen).any(dim=1) | self.by_angle(seen)[:, -1])  # (n, h, w)
 
     def by_angle(self, seen: Look) -> Tensor:
         """(n, L, h, w) bool."""

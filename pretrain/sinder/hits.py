@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.config.derived import prefix_tokens
 from pretrain.models.packing import Layout
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.detection import ANGLE_THRESHOLD, alignment, defective_by_angle
@@ -37,8 +38,7 @@ class Hit(NamedTuple):
 def patch_grid(backbone: VisionTransformer, tokens: Tensor, images: Tensor) -> Tensor:
     """The patch tokens of (B, T, D) as (B, h, w, D)."""
     rows, cols = (side // backbone.patch_size for side in images.shape[-2:])
-    prefix = 1 + backbone.cfg.num_register_tokens
-    return tokens[:, prefix:].unflatten(1, (rows, cols))
+    return tokens[:, prefix_tokens(backbone.cfg) :].unflatten(1, (rows, cols))
 
 
 def run_block(backbone: VisionTransformer, index: int, tokens: Tensor) -> Tensor:

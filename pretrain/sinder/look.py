@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from pretrain.models.vit import VisionTransformer
+from pretrain.sinder.after_blocks import after_blocks
 from pretrain.sinder.detection import alignment
-from pretrain.sinder.hits import patch_grid, run_block
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,14 @@ def look(
 
 
 def _look(backbone: VisionTransformer, images: Tensor, directions: Sequence[Tensor]) -> Look:
-    tokens, norms, cosines = backbone.embed(images), [], []
-    for index, direction in enumerate(directions):
-        tokens = run_block(backbone, index, tokens)
-        patches = patch_grid(backbone, tokens, images).float()
+    norms, cosines = [], []
+
+    def take(index: int, patches: Tensor) -> None:
+        patches = patches.float()
         norms.append(patches.norm(dim=-1))
-        cosines.append(alignment(patches, direction.to(patches.device)))
-    output = backbone.norm(tokens)
-    seen = (
-        torch.stack(norms, 1),
-        torch.stack(cosines, 1),
-        output[:, 0],
-        patch_grid(backbone, output, images),
-    )
+        cosines.append(alignment(patches, directions[index].to(patches.device)))
+
+    output = after_blocks(backbone, images, take)
+    patches = output.patches.unflatten(1, norms[0].shape[1:])
+    seen = (torch.stack(norms, 1), torch.stack(cosines, 1), output.cls, patches)
     return Look(*(tensor.float().cpu() for tensor in seen))

@@ -11,6 +11,7 @@ from pretrain.analysis.images import MEAN, STD
 from pretrain.analysis.maps import PatchPca
 from pretrain.analysis.page import Picture
 from pretrain.sinder.comparison import Subject
+from pretrain.sinder.diagnosis import worst_layer
 from pretrain.sinder.held_out import Original
 from pretrain.sinder.look import Look
 
@@ -20,9 +21,10 @@ DIMMED = 0.7  # brightness of what is not marked
 
 
 def worst_block(subject: Subject) -> int:
-    """The block after which most patches are defective; of a clean model, where norms differ most."""
+    """The block after which most patches are defective; of a clean model the last one."""
     layers = subject.diagnosis.layers
-    return max(range(len(layers)), key=lambda index: (layers[index].by_both, layers[index].norm_ratio, index))
+    worst = worst_layer(layers)
+    return worst if layers[worst].by_both else len(layers) - 1
 
 
 def telling_blocks(subject: Subject) -> list[int]:

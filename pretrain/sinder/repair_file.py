@@ -1,6 +1,5 @@
 """Repairs a file of weights: diagnosis before and after, a watch on drift, resumable, in the form it had."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.analysis.backbone import build_backbone
+from pretrain.analysis.backbone import build_backbone, fingerprint
 from pretrain.analysis.images import ImageSet
 from pretrain.errors import InputError, first_line
 from pretrain.export.own import map_safetensors
@@ -61,6 +60,7 @@ class RepairReport:
     before: Measure | None
     after: Measure | None
     damaged_images: list[str]
+    written: bool
 
 
 Watch = Callable[[Step, Measure | None], Any]
@@ -104,6 +104,7 @@ def repair_file(
     after = diagnose(backbone, directions, held_images.split(settings.batch_size))
     report = _report(outcome, before, after, before.first_layer, repair.images, start, end, images)
     if any(layer.epsilon.any() for layer in repair.layers.values()):
+        report = replace(report, written=True)
         _write(repair, weights, order, report)
     return report
 
@@ -141,7 +142,7 @@ class _Progress:
 
     def __init__(self, path: Path, weights: Weights, settings: RepairSettings) -> None:
         self.path = path
-        self.key = json.dumps({"settings": asdict(settings), "weights": _fingerprint(weights.state)})
+        self.key = json.dumps({"settings": asdict(settings), "weights": fingerprint(weights.state)})
 
     def load(self, repair: Repair) -> None:
         """Go on with it, if there is one.
@@ -172,14 +173,6 @@ class _Progress:
             raise InputError(f"{self.path}: cannot be written ({first_line(error)})") from error
 
 
-def _fingerprint(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _report(
     outcome: Outcome,
     before: Diagnosis,
@@ -192,12 +185,16 @@ def _report(
 ) -> RepairReport:
     verdict = after.verdict if after else None
     damaged = sorted(set(images.damaged))
-    return RepairReport(outcome, before.verdict, before.reason, verdict, first, number, start, end, damaged)
+    return RepairReport(
+        outcome, before.verdict, before.reason, verdict, first, number, start, end, damaged, False
+    )
 
 
 def _write(repair: Repair, weights: Weights, order: RepairOrder, report: RepairReport) -> None:
     about = with_entry(weights.about, "sinder", order.arguments, [weights.path])
-    about["sinder"] = {key: value for key, value in asdict(report).items() if key != "damaged_images"}
+    about["sinder"] = {
+        key: value for key, value in asdict(report).items() if key not in ("damaged_images", "written")
+    }
     form = weights.form
     repaired = repair.repaired(weights.state)
     write_weights(order.out, form.target, repaired, weights.model, about, form.chunks, form.split_swiglu)

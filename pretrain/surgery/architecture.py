@@ -88,7 +88,8 @@ def check_section(model: ModelConfig) -> None:
     """Refuse a model section that describes no model.
 
     Raises:
-        InputError: a number is out of its range, or heads do not divide the width.
+        InputError: a number is out of its range, heads do not divide the width, or a register neuron is not
+            in the model or there twice.
     """
     dim, depth, heads = vit_shape(model)
     width = model.img_size if model.img_width is None else model.img_width
@@ -115,6 +116,21 @@ def check_section(model: ModelConfig) -> None:
         raise InputError(f"ffn_ratio={model.ffn_ratio} must be above 0")
     if not 0 <= model.pos_embed_offset < 1:
         raise InputError(f"the position offset {model.pos_embed_offset} must be from 0 to below 1")
+    _check_register_neurons(model)
+
+
+def _check_register_neurons(model: ModelConfig) -> None:
+    depth, hidden = vit_shape(model).depth, ffn_hidden_dim(model)
+    seen: set[tuple[int, ...]] = set()
+    for pair in model.register_neurons:
+        if len(pair) != 2 or not (0 <= pair[0] < depth and 0 <= pair[1] < hidden):
+            raise InputError(
+                f"register_neurons: {pair} is no pair of a block from 0 to {depth - 1} and a hidden unit "
+                f"from 0 to {hidden - 1}"
+            )
+        if tuple(pair) in seen:
+            raise InputError(f"register_neurons: {pair} is there more than once")
+        seen.add(tuple(pair))
 
 
 def check_complete(state: State, model: ModelConfig) -> None:

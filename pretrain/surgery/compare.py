@@ -86,7 +86,10 @@ def noise_images(model: ModelConfig, seed: int = 0) -> Tensor:
 
 
 def backbone_features(state: State, model: ModelConfig) -> Callable[[Tensor], Tensor]:
-    """What a backbone of ours computes, in fp32: images (B, C, S, S') to normed tokens (B, 1 + R + N, D)."""
+    """What a backbone of ours computes, in fp32: images (B, C, S, S') to normed tokens (B, 1 + R + N, D).
+
+    A test-time register is left out: what two such functions give can be compared token by token.
+    """
     with torch.device("meta"):
         backbone = VisionTransformer(model)
     backbone.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
@@ -94,7 +97,7 @@ def backbone_features(state: State, model: ModelConfig) -> Callable[[Tensor], Te
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
         cls, registers, patches = backbone.eval()([images])[0]
-        return torch.cat([cls.unsqueeze(1), registers, patches], dim=1)
+        return torch.cat([cls.unsqueeze(1), registers[:, : model.num_register_tokens], patches], dim=1)
 
     return features
 

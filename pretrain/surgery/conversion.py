@@ -128,6 +128,11 @@ def losses(state: State, model: ModelConfig, target: Target) -> list[Change]:
     """
     _check_possible(model, target)
     changes: list[Change] = []
+    if model.register_neurons and target != "ours":
+        text = f"the test-time register and its {len(model.register_neurons)} neurons"
+        changes.append(
+            Change("lost", text, "other programs know none; our description beside the weights keeps it")
+        )
     if target == "timm":
         changes += _timm_losses(state, model)
     if target == "huggingface" and model.layer_scale is None:

@@ -147,6 +147,16 @@ def test_looking_leaves_the_model_as_it_was() -> None:
     assert not model.blocks[-1].attn._forward_pre_hooks
 
 
+def test_compiled_blocks_are_looked_into_all_the_same() -> None:
+    model, images = vit(2), torch.randn(2, 3, 32, 32)
+    expected = cls_attention(model, images)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    with torch.no_grad():
+        model([images])
+    torch.testing.assert_close(cls_attention(model, images), expected)
+
+
 def cell(sheet: Tensor, row: int, column: int, size: int) -> Tensor:
     top, left = HEADER + row * (size + GAP), column * (size + GAP)
     return sheet[:, top : top + size, left : left + size]

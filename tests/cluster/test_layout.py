@@ -22,7 +22,8 @@ def test_paths_mean_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     for name in ("a-0.tar", "a-1.tar", "b.tar"):
         Path(name).touch()
-    cfg = load_config(ROOT / "configs/demo.yaml", ["data.shards=[a-*.tar]", "model.init_from=x.safetensors"])
+    settings = ["data.shards=[a-*.tar]", "model.init_from=x.safetensors", "log.artifacts.shards=b.tar"]
+    cfg = load_config(ROOT / "configs/demo.yaml", settings)
     sources = [SourceConfig(["{a-0,b}.tar", "./a-{1..1}.tar", "https://host/{0..3}.tar", "pipe:cat a.tar"])]
     moved = with_absolute_paths(replace(cfg, data=replace(cfg.data, sources=sources)))
     here = [str(tmp_path / name) for name in ("a-0.tar", "a-1.tar", "b.tar")]
@@ -30,6 +31,7 @@ def test_paths_mean_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest
     assert shard_names(moved.data.shards, "x") == here[:2]
     assert moved.data.sources[0].shards[-2:] == ["https://host/{0..3}.tar", "pipe:cat a.tar"]
     assert shard_names(moved.data.sources[0].shards[:-2], "x") == [here[0], here[2], here[1]]
+    assert shard_names(moved.log.artifacts.shards, "x") == [here[2]]
     assert moved.model.init_from == str(tmp_path / "x.safetensors")
     assert moved.run.dir == str(tmp_path / "runs/demo")
     assert (moved.checkpoint.resume_from, moved.data.cache.dir) == ("", cfg.data.cache.dir)

@@ -44,6 +44,7 @@ REFUSED = [
     (["model.arch=custom", "model.embed_dim=96"], "model.depth: must be given with model.arch=custom"),
     (["model.depth=4"], "model.depth: model.arch=vit_large sets it; remove it or use model.arch=custom"),
     ([*CUSTOM, "model.num_heads=5"], "model.num_heads: 5 heads do not divide width 96"),
+    (["model.register_neurons=[[2,0]]"], "model.register_neurons: test-time registers are for released"),
     (["model.in_channels=1"], "model.in_channels: 1 is not data.channels=3; set both"),
     (["data.channels=0"], "data.channels: must be between 1 and 128, got 0"),
     ([*GREY, "data.mean=[0.5,0.5,0.5]"], "data.mean: needs 1 values, one a channel, got [0.5, 0.5, 0.5]"),
@@ -113,6 +114,8 @@ REFUSED = [
     ),
     (["log.knn.train=a.tar"], "log.knn.test: k-NN needs train and test shards"),
     (["log.knn.test=a.tar"], "log.knn.train: k-NN needs train and test shards"),
+    (["log.artifacts.number=0"], "log.artifacts.number: must be at least 1"),
+    (["log.artifacts.every=-1"], "log.artifacts.every: must be 0 or more"),
     (["log.knn.crop=272"], "log.knn.crop: 272 px is larger than log.knn.resize=256"),
 ]
 

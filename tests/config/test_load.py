@@ -115,7 +115,8 @@ def test_any_text_survives_writing_and_reading(
 
 
 @pytest.mark.parametrize(
-    "folder", ["1e-3", "007", "true", "null", "${model.arch}", "a: b", "# a", " a ", "=", "é"]
+    "folder",
+    ["1e-3", "007", "true", "null", "${model.arch}", "\\${", "\\\\${a}", "a: b", "# a", " a ", "=", "é"],
 )
 def test_text_that_looks_like_something_else(tmp_path: Path, folder: str) -> None:
     cfg = Config(run=RunConfig(dir=folder))

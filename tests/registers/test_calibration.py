@@ -7,7 +7,7 @@ import torch
 
 from pretrain.analysis.taps import Place, tapped
 from pretrain.errors import InputError
-from pretrain.registers.calibration import calibrate, load, preprocessing, save, weights_hash
+from pretrain.registers.calibration import calibrate, load, preprocessing, save
 from pretrain.registers.conditions import BANK_PATCHES, random_patches
 from pretrain.registers.moments import Moments
 from pretrain.registers.samples import batches, keys, split
@@ -64,12 +64,7 @@ def test_a_file_is_refused_with_anything_else(calibration, tmp_path):
         load(path, "weights", "preprocessing", [])
 
 
-def test_hashes_tell_weights_and_preprocessing_apart(backbone, image_set):
-    state = backbone.state_dict()
-    changed = {**state, "cls_token": state["cls_token"] + 1e-6}
-    moved = {**state, "norm.weight": state["norm.bias"], "norm.bias": state["norm.weight"]}
-    assert len({weights_hash(s) for s in (state, changed, moved)}) == 3
-    assert weights_hash(dict(reversed(state.items()))) == weights_hash(state)
+def test_preprocessing_is_told_in_words(image_set):
     assert "32 px" in preprocessing(image_set) and "0.485, 0.456, 0.406" in preprocessing(image_set)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, silu
 
+from pretrain.errors import InputError
 from pretrain.sinder.detection import alignment, defective_by_angle, defective_by_norm
 from pretrain.sinder.directions import defect_directions, leading_left
 from pretrain.sinder.linear_maps import block_maps, gelu_fit, swiglu_fit
@@ -83,6 +84,14 @@ def test_directions_are_those_of_the_plain_product_in_every_layout():
         found = read_backbone(write_layout(state, model, target, 2))
         for mine, theirs in zip(layers, defect_directions(found.state, found.model), strict=True):
             assert torch.equal(mine.direction, theirs.direction)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = replace(GIANT, depth=2)
+    state = random_state(model)
+    state["blocks.1.attn.proj.bias"][5] = torch.inf
+    with pytest.raises(InputError, match=r"^blocks\.1\.attn\.proj\.bias: holds values that are not finite"):
+        defect_directions(state, model)
 
 
 def test_the_homogeneous_variant_gives_another_direction_of_the_same_width():

@@ -76,9 +76,9 @@ def test_models_are_compared_by_the_thresholds_of_the_first(pair, photos, masks,
 
 
 def test_k_nearest_neighbours_are_scored_where_labels_are_given(pair, photos, sinder, tmp_path):
-    files = sorted(Path(photos).iterdir())[:48]
+    files = sorted(Path(photos).iterdir())[:28]
     samples = [PackedSample(f"{i:04d}", "png", path.read_bytes(), i % 2, {}) for i, path in enumerate(files)]
-    for name, chosen in (("train", samples[:32]), ("test", samples[32:])):
+    for name, chosen in (("train", samples[:20]), ("test", samples[20:])):
         write_shards(chosen, tmp_path, name, 64)
     shards = ("--knn-train", tmp_path / "train-*.tar", "--knn-test", tmp_path / "test-*.tar")
     done = sinder("compare", pair[0], pair[0], "--images", photos, "--json", *shards)
