@@ -1,5 +1,7 @@
 """What is replaced, where, by what; all else is the model's own forward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ from pretrain.registers.conditions import BANK_PATCHES, MODES, fitting, parse_co
 from pretrain.registers.draws import derangement
 from pretrain.registers.interventions import Intervention, intervened, parse_blocks
 from pretrain.registers.looks import features
-from pretrain.registers.samples import Batch
+from pretrain.registers.samples import Batch, batches
+from tests.registers.conftest import MODEL, random_backbone
 
 SETS = ("registers", "cls", "reg:3", "patch:4")
 PATCHES, PREFIX = 16, 5
@@ -146,6 +149,16 @@ def test_derangements_leave_nobody_in_place_and_are_all_as_likely():
     assert tuple(derangement(0, 0, keys).tolist()) == found[0]
     with pytest.raises(InputError, match="a batch of one image"):
         derangement(0, 0, ["a"])
+
+
+def test_a_test_time_register_is_the_last_register(image_set, batch):
+    backbone = random_backbone(replace(MODEL, register_neurons=[[1, 3], [1, 7]]))
+    known = calibrate(backbone, batches(image_set, range(5, 15), 5), "", "", 4, 0)
+    full, found = (seen(backbone, batch, one) for one in (None, doing("registers:zero", known, (1,))))
+    assert found.shape[2] == 6 + PATCHES and found[1][:, 1:6].abs().max() == 0
+    assert torch.equal(found[1][:, 6:], full[1][:, 6:]) and full[1][:, 5].abs().min() > 0
+    only, _ = features(backbone, batch.pixels, batch.keys, doing("reg:5:zero", known, (2,)))
+    torch.testing.assert_close(only.registers[:, 4], backbone.norm.bias.expand(6, -1))
 
 
 def test_gradients_pass_through_a_replacement(backbone, batch, calibration):

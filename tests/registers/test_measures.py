@@ -63,6 +63,14 @@ def test_attention_moves_after_the_first_block_only(looked, backbone, batch):
     assert sum(on.values()) + float(patches) == pytest.approx(1, abs=1e-5)
 
 
+def test_attention_on_a_set_is_that_of_the_rows(looked, backbone, batch):
+    inputs = backbone.blocks[0].norm1(backbone.embed(batch.pixels[:4]))
+    rows = attention_rows(backbone.blocks[0].attn, inputs).mean(dim=(0, 1))  # (T, T)
+    found = looked.seen["registers:zero"].attention.means()
+    assert found["cls_full"][0] == pytest.approx(float(rows[0, 1:5].sum()), abs=1e-6)
+    assert found["patch_full"][0] == pytest.approx(float(rows[5:, 1:5].sum(-1).mean()), abs=1e-6)
+
+
 def test_attention_is_compared_on_as_many_images_as_asked(backbone, batch, calibration, looked):
     doing = {"cls:zero": Intervention(parse_condition("cls:zero"), range(3), calibration)}
     none = look(backbone, [batch], doing, calibration, 0)
