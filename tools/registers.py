@@ -32,7 +32,7 @@ from pretrain.registers.document import experiment_document
 from pretrain.registers.experiment import Experiment, Order, run
 from pretrain.registers.findings import findings
 from pretrain.registers.report import figures_path, write_report
-from pretrain.registers.tables import Table, effect_table, task_table
+from pretrain.registers.tables import Table, effect_table, summary_table, task_table
 from pretrain.surgery.architecture import Settings
 
 PICTURES = 4  # images that a report shows
@@ -129,6 +129,7 @@ def stage(words: str, images: int) -> Callable[[int], None]:
 
 def show(experiment: Experiment) -> None:
     """The tables, then the answer."""
+    _print(summary_table(experiment.result))
     for task in experiment.result.scores:
         _print(task_table(task, experiment.result))
     _print(effect_table(experiment.result))

@@ -12,7 +12,7 @@ from pretrain.registers.experiment import Experiment
 from pretrain.registers.findings import PLAUSIBLE, WITHIN, findings
 from pretrain.registers.pictures import picture_table
 from pretrain.registers.results import Result
-from pretrain.registers.tables import Table, block_table, effect_table, task_table
+from pretrain.registers.tables import Table, block_table, effect_table, summary_table, task_table
 from pretrain.run.durable import write_text
 
 TONES = {"needed": "bad", "not needed": "good", "undecided": "doubtful"}
@@ -79,7 +79,9 @@ def report_page(experiment: Experiment, title: str, facts: Mapping[str, str]) ->
         page.verdict(found.line, TONES[found.verdict])
     for condition in experiment.left_out:
         page.verdict(f"{condition}: left out, the model has no registers")
-    page.section("Result", f"Of {result.images} images; differences in points.")
+    page.section("Result", f"Of {result.images} images. A star: p below 5 %, each cell for itself.")
+    _table(page, summary_table(result))
+    page.section("Task by task", "Differences to the full model in points, paired by image.")
     for task in result.scores:
         _table(page, task_table(task, result))
     _inside(page, result)

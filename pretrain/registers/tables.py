@@ -5,7 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pretrain.analysis.uncertainty import Interval
+from pretrain.registers.looks import FULL
 from pretrain.registers.results import Effect, Result, Score
+
+ALPHA = 0.05  # below it a p-value gets a star, each for itself
 
 
 class Table(NamedTuple):
@@ -13,6 +16,22 @@ class Table(NamedTuple):
 
     headings: list[str]
     rows: list[list[str]]
+
+
+def summary_table(result: Result) -> Table:
+    """A row per condition, a column per task: what it lost in points, with * where p is below 5 %."""
+    names = [FULL, *result.effects]
+    columns = [[_summary(by.get(name)) for name in names] for by in result.scores.values()]
+    rows = [[name, *row] for name, row in zip(names, zip(*columns, strict=True), strict=True)]
+    return Table(["%, then points", *result.scores], rows)
+
+
+def _summary(own: Score | None) -> str:
+    if own is None:
+        return ""
+    if own.difference is None or own.p_value is None:
+        return f"{own.score.mean:.1f}"
+    return f"{own.difference.mean:+.1f}{'*' if own.p_value < ALPHA else ' '}"
 
 
 def task_table(task: str, result: Result) -> Table:
