@@ -112,9 +112,15 @@ def _inside(page: Page, result: Result) -> None:
     effects = {name: effect for name, effect in result.effects.items() if effect.attention}
     if not effects:
         return
-    curves = {name: effect.attention["divergence"] for name, effect in effects.items()}
-    plot = plots.lines(curves, "block", "Jensen-Shannon divergence, nats")
-    page.figure((plot, "divergence of attention by block"), "From the full model's attention.")
+    for tokens in dict.fromkeys(name.rpartition(":")[0] for name in effects):
+        curves = {
+            name: effect.attention["divergence"]
+            for name, effect in effects.items()
+            if name.rpartition(":")[0] == tokens
+        }
+        plot = plots.lines(curves, "block", "Jensen-Shannon divergence, nats")
+        caption = f"Attention under conditions on {tokens}, from the full model's."
+        page.figure((plot, f"divergence of attention by block, {tokens}"), caption)
     masses = {}
     for name, effect in effects.items():
         tokens = name.rpartition(":")[0]

@@ -69,7 +69,7 @@ def test_labelled_images_get_all_tasks_and_a_page_that_stands_alone(files, photo
     refit = document["scores"]["linear, class token, refit"]["cls:zero"]["score"]["mean"]
     assert refit <= 60  # all class tokens are the same
     html = page.read_text()
-    assert stands_alone(html) and len(pictures_of(html)) == 4 * 13 + 2
+    assert stands_alone(html) and len(pictures_of(html)) == 4 * 13 + 4
     assert all(finding["line"].split(";")[0] in html for finding in document["findings"])
     assert json.loads((tmp_path / "r.figures.json").read_text()) == document
 
