@@ -1,10 +1,12 @@
 """Statistics are those of all tokens, and a file is used with nothing but what it was made for."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+from pretrain.analysis.images import ImageSet
 from pretrain.analysis.taps import Place, tapped
 from pretrain.errors import InputError
 from pretrain.registers.calibration import calibrate, load, preprocessing, save
@@ -74,6 +76,18 @@ def test_parts_share_no_image_and_follow_the_seed(image_set):
     assert split(image_set, 3, 10, 0, 5).test == parts.test != split(image_set, 4, 10, 0, 5).test
     with pytest.raises(InputError, match=r"holds 60 images, 61 are asked for \(10 scored, 20 for probes, 31"):
         split(image_set, 3, 10, 20, 31)
+
+
+def test_folders_are_classes_where_all_images_lie_in_folders(photos, image_set, tmp_path):
+    assert image_set.classes == ["class0", "class1", "class2"]
+    assert [image_set.stored(row).label for row in (0, 19, 20, 59)] == [0, 0, 1, 2]
+    shutil.copytree(photos / "class0", tmp_path / "one")
+    assert ImageSet(str(tmp_path), 32).classes == []  # one folder tells nothing apart
+    shutil.copytree(photos / "class1", tmp_path / "two")
+    assert ImageSet(str(tmp_path), 32).classes == ["one", "two"]
+    shutil.copy(photos / "class2" / "000.png", tmp_path)
+    mixed = ImageSet(str(tmp_path), 32)
+    assert mixed.classes == [] and mixed.stored(5).label is None
 
 
 @pytest.mark.parametrize(

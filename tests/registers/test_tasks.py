@@ -5,11 +5,14 @@ import pytest
 import torch
 
 from pretrain.analysis.uncertainty import Interval
+from pretrain.errors import InputError
 from pretrain.registers.classification import fit_probe, probe_hits, recall_at_one
 from pretrain.registers.correspondence import match
 from pretrain.registers.findings import findings
-from pretrain.registers.looks import FULL
+from pretrain.registers.looks import FULL, Looked, Seen
+from pretrain.registers.measures import Oddness
 from pretrain.registers.results import Effect, Paired, Result, Score, compared
+from pretrain.registers.tasks import classification
 from pretrain.registers.warps import centres, moved, random_warp, warped
 
 
@@ -76,6 +79,28 @@ def test_probes_and_recall_find_what_features_tell():
     assert recall_at_one(noise, labels).mean() < 70
     constant = fit_probe(torch.ones(30, 8), labels[:30])
     assert probe_hits(constant, torch.ones(30, 8), labels[30:]).mean() == pytest.approx(100 / 3)
+
+
+def test_a_fixed_probe_fails_where_features_turn_and_a_refit_one_does_not(calibration):
+    labels = torch.arange(60) % 3
+    telling = torch.eye(3)[labels] + 0.05 * torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    turned = telling.roll(1, dims=1)  # each class where another one was
+
+    def looked(rows):
+        seen = {
+            name: Seen(Oddness(calibration), [values[rows]], [values[rows]])
+            for name, values in {FULL: telling, "cls:mean": turned}.items()
+        }
+        return Looked(seen, labels[rows].tolist())
+
+    scores = classification(looked(slice(30)), looked(slice(30, 60)))
+    for words in ("class token", "mean patch"):
+        fixed, refit = (scores[f"linear, {words}, {kind}"] for kind in ("fixed", "refit"))
+        assert fixed[FULL].own.min() == refit[FULL].own.min() == 100 == refit["cls:mean"].own.min()
+        assert fixed["cls:mean"].own.max() == 0 and torch.equal(fixed["cls:mean"].full, fixed[FULL].own)
+        assert scores[f"recall@1, {words}"]["cls:mean"].own.min() == 100
+    with pytest.raises(InputError, match="one class only"):
+        classification(looked([0, 3, 6]), looked(slice(30, 60)))
 
 
 def test_scores_are_paired_by_image_and_those_without_are_left_out():
