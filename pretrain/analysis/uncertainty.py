@@ -1,48 +1,154 @@
-"""How sure a mean over images is, and a mean difference between two conditions on the same images."""
+"""How sure a mean of per-image scores is, and whether one probe is better than another on the same images."""
 
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
 
+from pretrain.errors import InputError
 from pretrain.seeding import numpy_stream
 
-DRAWS = 10_000  # resamples of an interval, sign flips of a test
-LEVEL = 0.95  # of intervals
-CHUNK = 2**22  # numbers drawn at a time
+Floats = NDArray[np.float64]
+
+RESAMPLES = 10_000
+PERMUTATIONS = 10_000  # as in arXiv 2604.14433
+DISTINCT = 64  # kinds of images up to which resamples are drawn as counts
+CHUNK = 2**22  # numbers drawn at a time: 32 MiB
 
 
-class Interval(NamedTuple):
-    """A mean, and the bootstrap's percentile interval of it."""
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its percentile bootstrap interval, in the unit of the scores."""
 
     mean: float
     low: float
     high: float
 
 
-def bootstrap(values: np.ndarray, seed: int = 0, draws: int = DRAWS, level: float = LEVEL) -> Interval:
-    """The mean of values (n,) with its interval: images are drawn again with replacement."""
-    stream, number = numpy_stream(seed, "bootstrap"), len(values)
-    rows = max(1, CHUNK // number)
-    means = [
-        values[stream.integers(number, size=(min(rows, draws - start), number))].mean(axis=1)
-        for start in range(0, draws, rows)
-    ]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
+@dataclass(frozen=True)
+class Wins:
+    """Data sets on which one of two is better, and the two-sided p of a sign test."""
+
+    won: int
+    lost: int
+    tied: int  # not counted by the test
+    p: float
 
 
-def paired_permutation(differences: np.ndarray, seed: int = 0, draws: int = DRAWS) -> float:
-    """Two-sided p-value that differences (n,) between two conditions are centred on 0, by random sign flips.
+def bootstrap(
+    scores: Floats,
+    seed: int,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Percentile bootstrap of the mean of scores, such as 0 and 1 for an accuracy.
 
-    The share of flips, the observed one counted in, whose sum is at least as far from 0 (Phipson and Smyth
-    2010): it is never 0, and 1 where all differences are 0.
+    For a paired difference, give the differences of two probes' scores on the same images.
+
+    Args:
+        scores: (n,) of each image.
+        seed: of the resamples.
+        groups: (n,) of each image: whole groups are drawn, as images of one patient are not independent.
+        level: share of the resamples' means inside.
+        resamples: how many.
+
+    Raises:
+        InputError: there is no score, or not one for each group's image.
     """
-    apart = differences[differences != 0]  # the others add nothing to any sum
-    if not len(apart):
-        return 1.0
-    stream, observed, beyond = numpy_stream(seed, "sign flips"), abs(apart.sum()), 0
-    rows = max(1, CHUNK // len(apart))
-    for start in range(0, draws, rows):
-        signs = 2 * stream.integers(2, size=(min(rows, draws - start), len(apart)), dtype=np.int8) - 1
-        beyond += int((np.abs(signs @ apart) >= observed * (1 - 1e-12)).sum())
-    return (1 + beyond) / (1 + draws)
+    units = _units(scores, groups)
+    sums = _resampled(units, numpy_stream(seed, "bootstrap"), resamples)
+    tail = 50 * (1 - level)
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [tail, 100 - tail])
+    return Interval(float(np.mean(scores)), float(low), float(high))
+
+
+def bootstrap_difference(
+    left: Floats, right: Floats, seed: int, groups: Sequence[Hashable] | None = None, level: float = 0.95
+) -> Interval:
+    """Of the mean of left - right, two probes' scores (n,) on the same images; see `bootstrap`."""
+    return bootstrap(_differences(left, right), seed, groups, level)
+
+
+def permutation_test(left: Floats, right: Floats, seed: int, permutations: int = PERMUTATIONS) -> float:
+    """Two-sided p that paired scores (n,) have one mean: signs of their differences are flipped at random.
+
+    Exact where all sign patterns are no more than `permutations`; otherwise (1 + as extreme) / (1 + drawn),
+    which is never 0. Equal pairs play no part.
+
+    Args:
+        left: of images; of groups, such as means of patients, where images of a group are not independent.
+        right: likewise.
+        seed: of the flips.
+        permutations: how many.
+
+    Raises:
+        InputError: the numbers of scores differ, or there is none.
+    """
+    differences = _differences(left, right)
+    sizes = np.abs(differences[differences != 0])
+    observed = abs(differences.sum()) - 1e-12 * sizes.sum()  # sums in another order differ by rounding
+    if 2 ** len(sizes) <= permutations:
+        signs = 1 - 2 * ((np.arange(2 ** len(sizes))[:, None] >> np.arange(len(sizes))) & 1)
+        return float(np.mean(np.abs(signs @ sizes) >= observed))
+    generator, extreme = numpy_stream(seed, "permutation"), 0
+    kinds, counts = np.unique(sizes, return_counts=True)
+    single = counts.max() == 1  # the same draws, ten times as fast
+    for size in _sizes(permutations, len(kinds)):
+        shape = (size, len(kinds))
+        flipped = generator.integers(2, size=shape) if single else generator.binomial(counts, 0.5, size=shape)
+        extreme += int((np.abs((2 * flipped - counts) @ kinds) >= observed).sum())
+    return (1 + extreme) / (1 + permutations)
+
+
+def sign_test(left: Floats, right: Floats) -> Wins:
+    """Whether one of two modules wins more data sets than by chance, from their scores (n,) on each.
+
+    Raises:
+        InputError: the numbers of scores differ, or there is none.
+    """
+    differences = _differences(left, right)
+    won, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return Wins(won, lost, len(differences) - won - lost, p)
+
+
+def _units(scores: Floats, groups: Sequence[Hashable] | None) -> Floats:
+    """What is drawn: for each image or group the sum of its scores and its number of images, (units, 2)."""
+    values = np.asarray(scores, np.float64)
+    if len(values) == 0:
+        raise InputError("scores: there is no image; give at least one")
+    if groups is None:
+        return np.stack([values, np.ones_like(values)], axis=1)
+    if len(groups) != len(values):
+        raise InputError(f"scores: {len(values)} images for {len(groups)} groups; give each image one")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    members = np.array([numbers[name] for name in groups])
+    return np.stack([np.bincount(members, values), np.bincount(members)], axis=1).astype(np.float64)
+
+
+def _resampled(units: Floats, generator: np.random.Generator, resamples: int) -> Floats:
+    """Sums (resamples, 2) over as many units, drawn with replacement from (units, 2)."""
+    kinds, counts = np.unique(units, axis=0, return_counts=True)
+    if len(kinds) <= DISTINCT:  # how often each kind is drawn has a distribution with a name
+        return np.asarray(generator.multinomial(len(units), counts / len(units), size=resamples) @ kinds)
+    sums = []
+    for size in _sizes(resamples, len(units)):
+        drawn = generator.integers(len(units), size=(size, len(units)))
+        sums.append(np.stack([column[drawn].sum(axis=1) for column in units.T], axis=1))
+    return np.concatenate(sums)
+
+
+def _differences(left: Floats, right: Floats) -> Floats:
+    first, second = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    if first.shape != second.shape or not len(first):
+        raise InputError(f"scores: {len(first)} and {len(second)}; give both for the same images")
+    return first - second
+
+
+def _sizes(number: int, width: int) -> list[int]:
+    """Rows of each chunk of `number` rows of `width` numbers."""
+    size = max(1, CHUNK // width)
+    return [min(size, number - start) for start in range(0, number, size)]

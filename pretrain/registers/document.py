@@ -14,8 +14,8 @@ def experiment_document(experiment: Experiment) -> dict[str, Any]:
     scores = {
         task: {
             name: {
-                "score": own.score._asdict(),
-                "difference": own.difference._asdict() if own.difference else None,
+                "score": asdict(own.score),
+                "difference": asdict(own.difference) if own.difference else None,
                 "p_value": own.p_value,
             }
             for name, own in by_condition.items()

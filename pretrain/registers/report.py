@@ -36,8 +36,9 @@ PROTOCOL = (
     "projective warp of it, right within one patch of the true place; cycle consistency: there and "
     "back within one patch.",
     "Intervals are 95 % bootstrap intervals over images, of differences paired by image; p-values "
-    "are of random sign flips of the paired differences, two-sided, 10,000 flips. Neither is "
-    "corrected for the number of rows; `needed` in the answer is (Bonferroni).",
+    "are of random sign flips of the paired differences, two-sided: all of them where they are no "
+    "more than 10,000. Neither is corrected for the number of rows; `needed` in the answer is "
+    "(Bonferroni).",
 )
 CAVEATS = (
     "A zero is far from every token that the model has met (distance: Mahalanobis's with a diagonal "

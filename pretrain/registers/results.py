@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from pretrain.analysis.uncertainty import Interval, bootstrap, paired_permutation
+from pretrain.analysis.uncertainty import Interval, bootstrap, bootstrap_difference, permutation_test
 from pretrain.registers.looks import FULL
 
 
@@ -59,13 +59,13 @@ def compared(scores: Scores, seed: int) -> dict[str, dict[str, Score]]:
 def _compared(values: Mapping[str, Paired], seed: int) -> dict[str, Score]:
     """Images that cannot be scored are left out; a condition without any is."""
     found = {}
-    for name, (own, full) in values.items():
-        scored, apart = own.double().numpy(), (own.double() - full.double()).numpy()
-        scored, apart = scored[np.isfinite(scored)], apart[np.isfinite(apart)]
-        if not len(apart):
+    for name, pair in values.items():
+        own, full = (scores.double().numpy() for scores in pair)
+        scored, both = np.isfinite(own), np.isfinite(own) & np.isfinite(full)
+        if not both.any():
             continue
-        score = bootstrap(scored, seed)
+        score, paired = bootstrap(own[scored], seed), (own[both], full[both], seed)
         whole = name == FULL
-        difference = None if whole else bootstrap(apart, seed)
-        found[name] = Score(score, difference, None if whole else paired_permutation(apart, seed))
+        difference = None if whole else bootstrap_difference(*paired)
+        found[name] = Score(score, difference, None if whole else permutation_test(*paired))
     return found
