@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from pretrain.analysis.alignment import Cover, cover, energy_inside, mass, overlap, pointing
-from pretrain.analysis.bootstrap import interval, mean_interval
 from pretrain.analysis.consistency import consistency
 from pretrain.analysis.foreground import Foreground
 from pretrain.analysis.knn import knn_predict
@@ -15,13 +14,15 @@ from pretrain.analysis.last_blocks import LastBlocks
 from pretrain.analysis.linear_probe import LinearScores
 from pretrain.analysis.maps import cls_attention
 from pretrain.analysis.retrieval import retrieve
-from pretrain.analysis.segmentation import confusions, scores_of
+from pretrain.analysis.segmentation import confusions, fit_segmentation, summary
+from pretrain.analysis.uncertainty import bootstrap, bootstrap_statistic
 from pretrain.analysis.view import View
 from pretrain.errors import InputError
 from pretrain.models.vit import VisionTransformer
 
 NEIGHBOURS = (10, 20, 100, 200)  # DINOv2, eval/knn.py
 TEMPERATURE = 0.07
+SEED = 0  # of bootstrap intervals
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Score:
 
 def _mean(group: str, name: str, values: Tensor, percent: bool = True) -> Score:
     scaled = values.double() * (100 if percent else 1)
-    return Score(group, name, float(scaled.mean()), *mean_interval(scaled), percent, scaled)
+    found = bootstrap(scaled.numpy(), SEED)
+    return Score(group, name, found.mean, found.low, found.high, percent, scaled)
 
 
 def knn_scores(train: LastBlocks, test: LastBlocks) -> list[Score]:
@@ -99,9 +101,10 @@ def segmentation_scores(seen: View, masks: Tensor) -> list[Score]:
         InputError: the first half shows a single class.
     """
     half = len(masks) // 2
-    counts = confusions(seen.patches[:half], masks[:half], seen.patches[half:], masks[half:])
-    miou = scores_of(counts.sum(dim=0)).miou
-    ends = interval(lambda rows: scores_of(counts[rows].sum(dim=0)).miou, len(counts))
+    fitted = fit_segmentation(seen.patches[:half], masks[:half])
+    counts = confusions(fitted, seen.patches[half:], masks[half:])
+    miou = summary(counts.sum(dim=0)).miou
+    ends = bootstrap_statistic(lambda rows: summary(counts[rows].sum(dim=0)).miou, len(counts), SEED)
     return [Score("segmentation", "linear, mIoU", miou, *ends)]
 
 
@@ -144,6 +147,6 @@ def differences(first: Sequence[Score], second: Sequence[Score]) -> list[Score]:
     for a in first:
         b = theirs.get((a.group, a.name))
         if b is not None and a.values is not None and b.values is not None:
-            ends = mean_interval(b.values - a.values)
-            found.append(Score(a.group, a.name, b.value - a.value, *ends, a.percent))
+            more = bootstrap((b.values - a.values).numpy(), SEED)
+            found.append(Score(a.group, a.name, b.value - a.value, more.low, more.high, a.percent))
     return found

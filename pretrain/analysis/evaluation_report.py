@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.analysis import plots
 from pretrain.analysis.alignment import MASS, mass
-from pretrain.analysis.bootstrap import DRAWS, LEVEL
+from pretrain.analysis.uncertainty import LEVEL
 from pretrain.analysis.evaluation import Score, differences
 from pretrain.analysis.foreground import SMALLEST_GRID, foreground_colours
 from pretrain.analysis.linear_probe import GridPoint, LinearScores
@@ -27,7 +27,7 @@ QUESTION = (
     "images show."
 )
 RESULTS = (
-    f"In brackets: {100 * LEVEL:g} % bootstrap intervals over test images ({DRAWS} draws). They say "
+    f"In brackets: {100 * LEVEL:g} % bootstrap intervals over test images. They say "
     "how much a score would move with other images of the same kind, not with other weights, seeds or "
     "training images."
 )

@@ -48,34 +48,27 @@ def linear_segmentation(
     Raises:
         InputError: fewer than two classes to tell apart.
     """
-    return scores_of(confusions(train, train_masks, test, test_masks, seed).sum(dim=0))
+    probe = fit_segmentation(train, train_masks, seed)
+    return summary(confusions(probe, test, test_masks).sum(dim=0))
 
 
-def confusions(train: Tensor, train_masks: Tensor, test: Tensor, test_masks: Tensor, seed: int = 0) -> Tensor:
-    """Counts of pixels by true and predicted class for each test image, (m, c, c) int64.
+def confusions(probe: Pipeline, tokens: Tensor, masks: Tensor) -> Tensor:
+    """Pixels of each image by true class (rows) and predicted class (columns), (m, classes, classes) int64.
 
-    Arguments and errors as for `linear_segmentation`.
+    Args:
+        probe: of `fit_segmentation`.
+        tokens: (m, h, w, D).
+        masks: (m, S, S').
     """
-    probe = _fit(train, _patch_labels(train_masks, *train.shape[1:3]), seed)
     classes = probe[-1].classes_.tolist()
-    size = max(*classes, *test_masks[test_masks != IGNORED].unique().tolist()) + 1
-    counted = []
-    for tokens, mask in zip(test, test_masks, strict=True):
-        predicted = torch.tensor(classes)[_scores(probe, tokens, mask.shape).argmax(dim=0)]
+    size = max(*classes, *masks[masks != IGNORED].unique().tolist()) + 1
+    found = torch.zeros(len(masks), size, size, dtype=torch.int64)
+    for image, (own, mask) in enumerate(zip(tokens, masks, strict=True)):
+        predicted = torch.tensor(classes)[_scores(probe, own, mask.shape).argmax(dim=0)]
         counts = mask != IGNORED
         pairs = mask[counts] * size + predicted[counts]
-        counted.append(torch.bincount(pairs, minlength=size * size).view(size, size))
-    return torch.stack(counted)
-
-
-def scores_of(confusion: Tensor) -> SegmentationScores:
-    """The scores of counts (c, c): rows are true classes, columns predicted ones."""
-    hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    present = confusion.sum(1) > 0
-    iou = 100 * hits[present] / union[present]
-    accuracy = 100 * hits.sum() / confusion.sum().clamp(min=1)
-    miou = float(iou.mean()) if present.any() else math.nan
-    return SegmentationScores(miou, float(accuracy), present.nonzero()[:, 0].tolist(), iou.tolist())
+        found[image] = torch.bincount(pairs, minlength=size * size).view(size, size)
+    return found
 
 
 def _patch_labels(masks: Tensor, rows: int, cols: int) -> Tensor:
@@ -85,8 +78,13 @@ def _patch_labels(masks: Tensor, rows: int, cols: int) -> Tensor:
     return cells.mode(dim=-1).values
 
 
-def _fit(tokens: Tensor, labels: Tensor, seed: int) -> Pipeline:
-    rows, classes = tokens.flatten(0, 2), labels.flatten()
+def fit_segmentation(tokens: Tensor, masks: Tensor, seed: int = 0) -> Pipeline:
+    """A linear classifier of patch tokens (n, h, w, D), told by masks (n, S, S').
+
+    Raises:
+        InputError: fewer than two classes to tell apart.
+    """
+    rows, classes = tokens.flatten(0, 2), _patch_labels(masks, *tokens.shape[1:3]).flatten()
     rows, classes = rows[classes != IGNORED], classes[classes != IGNORED]
     if len(classes.unique()) < 2:
         raise InputError("the masks of the training half show one class only; a probe needs two or more")
@@ -104,3 +102,13 @@ def _scores(probe: Pipeline, tokens: Tensor, size: Sequence[int]) -> Tensor:
         scores = np.stack([-scores, scores], axis=1)  # of two classes there is one score
     grid = torch.from_numpy(scores).T.unflatten(1, tokens.shape[:2])
     return interpolate(grid[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def summary(confusion: Tensor) -> SegmentationScores:
+    """Scores of counted pixels; rows are true classes, columns predicted ones."""
+    hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    present = confusion.sum(1) > 0
+    iou = 100 * hits[present] / union[present]
+    accuracy = 100 * hits.sum() / confusion.sum().clamp(min=1)
+    miou = float(iou.mean()) if present.any() else math.nan
+    return SegmentationScores(miou, float(accuracy), present.nonzero()[:, 0].tolist(), iou.tolist())

@@ -17,7 +17,7 @@ from pretrain.probing.preprocessing import Features, Floats, Ints, prepare, unit
 from pretrain.probing.rows import Control, Kind, Protocol, Row, Score
 from pretrain.probing.solvers import Solver, fit_probes
 from pretrain.probing.store import FeatureSet, Pool
-from pretrain.probing.uncertainty import bootstrap
+from pretrain.analysis.uncertainty import bootstrap
 
 WIDE: tuple[Point, ...] = ("FC1", "Act")  # wider than the model: compared at its width too
 NEIGHBOURS = (10, 20, 100)  # values of k

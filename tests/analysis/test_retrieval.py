@@ -1,10 +1,10 @@
-"""Retrieval and intervals against loops."""
+"""Retrieval against loops."""
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from pretrain.analysis import bootstrap, retrieval
+from pretrain.analysis import retrieval
 from pretrain.analysis.retrieval import retrieve
 
 
@@ -38,22 +38,3 @@ def test_features_that_tell_the_class_rank_it_first() -> None:
     rows = torch.eye(4)[labels] + 0.1 * torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
     found = retrieve(rows[:20], labels[:20], rows[20:], labels[20:])
     assert found.hit.all() and found.precision.min() == pytest.approx(1)
-
-
-def test_intervals_are_those_of_the_normal_distribution() -> None:
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 3 + 5
-    low, high = bootstrap.mean_interval(values)
-    half = 1.96 * float(values.std()) / 20
-    assert low == pytest.approx(float(values.mean()) - half, abs=0.1 * half)
-    assert high == pytest.approx(float(values.mean()) + half, abs=0.1 * half)
-    assert (low, high) == bootstrap.mean_interval(values) != bootstrap.mean_interval(values, seed=1)
-    assert bootstrap.mean_interval(torch.ones(7)) == (1, 1)
-
-
-def test_a_statistic_of_rows_has_the_interval_of_its_mean(monkeypatch) -> None:
-    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
-    ends = bootstrap.interval(lambda rows: float(values[rows].mean()), 50)
-    monkeypatch.setattr(bootstrap, "CHUNK", 60)  # one draw at a time, as above
-    assert bootstrap.mean_interval(values) == pytest.approx(ends)
-    low, high = bootstrap.interval(lambda rows: float(values[rows].max()), 50)
-    assert low > 0.9 and high == pytest.approx(float(values.max()))
