@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pretrain.analysis import plots
 from pretrain.analysis.alignment import MASS, mass
-from pretrain.analysis.uncertainty import LEVEL
 from pretrain.analysis.evaluation import Score, differences
 from pretrain.analysis.foreground import SMALLEST_GRID, foreground_colours
 from pretrain.analysis.linear_probe import GridPoint, LinearScores
@@ -17,6 +16,7 @@ from pretrain.analysis.marks import marked
 from pretrain.analysis.page import Page, write_figures
 from pretrain.analysis.segmentation import IGNORED
 from pretrain.analysis.sheet import heat
+from pretrain.analysis.uncertainty import LEVEL
 from pretrain.analysis.view import View
 
 SHOWN = 6  # images in pictures

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.analysis.knn import knn_predict
 from pretrain.analysis.taps import Place, Point
+from pretrain.analysis.uncertainty import bootstrap
 from pretrain.config.derived import ffn_hidden_dim, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.probing.controls import fit_pca, random_features, random_projection
@@ -17,7 +18,6 @@ from pretrain.probing.preprocessing import Features, Floats, Ints, prepare, unit
 from pretrain.probing.rows import Control, Kind, Protocol, Row, Score
 from pretrain.probing.solvers import Solver, fit_probes
 from pretrain.probing.store import FeatureSet, Pool
-from pretrain.analysis.uncertainty import bootstrap
 
 WIDE: tuple[Point, ...] = ("FC1", "Act")  # wider than the model: compared at its width too
 NEIGHBOURS = (10, 20, 100)  # values of k

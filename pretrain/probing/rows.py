@@ -73,21 +73,17 @@ class Rows:
         self.rows: list[Row] = []
         if path.exists():
             self._read()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._append(json.dumps({"asked": self.asked}))
 
     def _read(self) -> None:
-        lines = self.path.read_text().split("\n")
-        whole, rest = lines[:-1], lines[-1]
+        *whole, rest = self.path.read_text().split("\n")
         try:
-            head, *rows = map(json.loads, whole)
+            head, *rows = map(json.loads, whole or ["{}"])
             self.rows = [_row(row) for row in rows]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 f"{self.path}: is no record of probes ({error}); choose another --out"
             ) from error
-        if head.get("asked") != self.asked:
+        if self.rows and head.get("asked") != self.asked:
             changed = [k for k in self.asked if head.get("asked", {}).get(k) != self.asked[k]]
             what = ", ".join(changed) or "settings"
             raise InputError(f"{self.path}: is of a run with other {what}; choose another --out")
@@ -100,7 +96,10 @@ class Rows:
             file.write(text + "\n")
 
     def add(self, row: Row) -> None:
-        """Write one row; it is complete on return."""
+        """Write one row; it is complete on return. The file begins with the first one."""
+        if not self.rows:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps({"asked": self.asked}) + "\n")
         self.rows.append(row)
         self._append(json.dumps(asdict(row), allow_nan=False))
 
