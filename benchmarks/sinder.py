@@ -61,14 +61,14 @@ def parse() -> argparse.Namespace:
     _add(verb, "lstsq-repeats", 1, "turns of the slowest side", type=positive)
     verb = verbs.add_parser("repair", help="images a second of a repair", allow_abbrev=False)
     verb.set_defaults(run=run_repair)
-    _add(verb, "sizes", ["vit_small"], "backbones, MLP or SwiGLU", nargs="+", choices=SIZES)
+    _add(verb, "sizes", ["vit_small", "vit_small_40"], "backbones, MLP or SwiGLU", nargs="+", choices=SIZES)
     _add(verb, "image-size", 518, "pixels, a multiple of 14", type=positive)
     _add(verb, "batches", [1, 4, 8], "images a step of ours", type=positive, nargs="+")
     _add(verb, "bf16", False, "ours in bfloat16, too", action="store_true")
     _add(verb, "check", 10, "images whose losses are compared", type=positive)
     _add(verb, "images", 8, "in a turn", type=positive)
     _add(verb, "clean", 2, "of them, those without anything that triggers the defect", type=int)
-    _add(verb, "repeats", 5, "turns of each side", type=positive)
+    _add(verb, "repeats", 3, "turns of each side", type=positive)
     return parser.parse_args()
 
 
@@ -136,7 +136,11 @@ def agreement(found: Mapping[str, list[list[Tensor]]]) -> Figures:
 
 
 def run_repair(options: argparse.Namespace) -> Figures:
-    """Figures by size of the backbone."""
+    """Figures by size of the backbone.
+
+    Raises:
+        InputError: an option that does not fit the others.
+    """
     if options.image_size % 14:
         raise InputError(f"--image-size: {options.image_size} px is not a multiple of the patch size 14")
     if any(options.images % batch for batch in options.batches):

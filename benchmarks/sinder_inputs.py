@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pretrain.config.derived import ARCHITECTURES, vit_shape
+from pretrain.config.derived import ARCHITECTURES, VitShape, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.models.attention import Backend
 from pretrain.models.packing import Layout
@@ -17,17 +17,21 @@ from pretrain.sinder.hits import run_block
 from pretrain.surgery.layouts import State
 
 STD = 0.02  # of every matrix and bias, as in DINOv2's initial weights
-TINY = {"arch": "custom", "embed_dim": 64, "depth": 4, "num_heads": 4}
-SIZES = [f"{name}{ffn}" for name in ("tiny", *ARCHITECTURES) for ffn in ("", "_swiglu")]
+CUSTOM = {  # (embed_dim, depth, num_heads) of sizes without a name of their own
+    "tiny": (64, 4, 4),
+    "vit_small_40": (384, 40, 6),  # as deep as ViT-g: there a defect starts behind the limit of 10 blocks
+}
+SIZES = [f"{name}{ffn}" for name in (*CUSTOM, *ARCHITECTURES) for ffn in ("", "_swiglu")]
 SHARE = 0.015  # of the patches that trigger the unit; 2.4 % are defective in the released ViT-g (paper)
 SHARP = 16.0  # slope of the unit at its limit: patches below it hardly notice
 GAIN = 2.0  # of the unit, in units of sqrt(D)
 
 
 def model_of(size: str, img_size: int) -> ModelConfig:
-    """A backbone with patches of 14 pixels: `tiny` or an architecture's name, `_swiglu` behind it or not."""
-    name = size.removesuffix("_swiglu")
-    shape = TINY if name == "tiny" else {"arch": name}
+    """A backbone of `SIZES` with patches of 14 pixels."""
+    name, shape = size.removesuffix("_swiglu"), {"arch": size.removesuffix("_swiglu")}
+    if name in CUSTOM:
+        shape = dict(zip(("arch", *VitShape._fields), ("custom", *CUSTOM[name]), strict=True))
     ffn = "mlp" if name == size else "swiglu"
     return ModelConfig(
         **shape, patch_size=14, img_size=img_size, layer_scale=1.0, drop_path_rate=0.0, ffn_layer=ffn
@@ -122,5 +126,5 @@ def _ffn_inputs(backbone: VisionTransformer, images: Tensor, block: int) -> tupl
 
 
 def middle(model: ModelConfig) -> int:
-    """The block that a defect starts in: 5/8 of the depth, where those of the released ViT-g do (paper)."""
+    """The block that a defect starts in: 5/8 of the depth."""
     return 5 * vit_shape(model).depth // 8
