@@ -30,7 +30,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     },
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery", "cluster"},
-    {"analysis", "sinder", "probing"},
+    {"analysis", "sinder", "probing", "registers"},
     {"start", "report", "train", "dry_run", "preflight", "job", "cli", "__main__"},
 ]
 ARROWS = {
@@ -41,6 +41,7 @@ ARROWS = {
     *{("engines", "run"), ("cluster", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
     ("sinder", "analysis"),
     ("probing", "analysis"),
+    ("registers", "analysis"),
     *{
         ("train", "start"),
         ("train", "report"),

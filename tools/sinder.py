@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table as Shown
 
-from pretrain.analysis.backbone import build_backbone
-from pretrain.analysis.images import ImageSet
+from pretrain.analysis.backbone import build_backbone, short_names
+from pretrain.analysis.images import ImageSet, images_for
 from pretrain.analysis.masks import read_masks
 from pretrain.command_line import exit_status
 from pretrain.config.derived import vit_shape
@@ -66,17 +66,6 @@ def _predict(weights: Weights, biases: bool = False) -> list[LayerDirection]:
     return defect_directions(weights.state, weights.model, biases, lambda n: bars.advance(task, n))
 
 
-def _images(options: argparse.Namespace, weights: Weights) -> ImageSet:
-    size, patch = options.size or weights.model.img_size, weights.model.patch_size
-    if size < patch or size % patch:
-        raise InputError(f"--size: {size} px is not a multiple of the patch size {patch}")
-    if weights.model.in_channels != 3:
-        raise InputError(
-            f"{weights.path}: has {weights.model.in_channels} channels; only RGB is supported here"
-        )
-    return ImageSet(options.images, size)
-
-
 def _chosen(images: ImageSet, places: Sequence[int]) -> tuple[list[int], torch.Tensor]:
     indices, pixels = images.chosen(places)
     for line in images.damaged:
@@ -89,7 +78,7 @@ def run_diagnose(options: argparse.Namespace) -> int:
     weights = _read(options, options.sources[0])
     pixels = None
     if options.images:
-        images = _images(options, weights)
+        images = images_for(weights, options.images, options.size)
         _, pixels = _chosen(images, images.drawn(options.seed, options.number))
     directions = _predict(weights, options.biases)
     backbone = build_backbone(weights, torch.device(options.device))
@@ -116,7 +105,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if bool(options.knn_train) != bool(options.knn_test):
         raise InputError("--knn-train and --knn-test: one is given without the other")
     files = [_read(options, path) for path in options.sources]
-    images = _images(options, files[0])
+    images = images_for(files[0], options.images, options.size)
     indices, pixels = _chosen(images, images.drawn(options.seed, options.number))
     masks = read_masks(options.masks, images, indices) if options.masks else None
     labels = Labels(options.knn_train, options.knn_test, masks)
@@ -133,8 +122,7 @@ def run_compare(options: argparse.Namespace) -> int:
 def _compare(
     options: argparse.Namespace, files: Sequence[Weights], pixels: torch.Tensor, labels: Labels | None
 ) -> list[Subject]:
-    stems = [weights.path.stem for weights in files]
-    names = [stem if stems.count(stem) == 1 else str(w.path) for stem, w in zip(stems, files, strict=True)]
+    names = short_names([weights.path for weights in files])
     task = bars.add_task("comparing", total=2 * len(files) * len(pixels))
     device = torch.device(options.device)
     return compare(files, names, pixels, device, options.batch_size, labels, lambda n: bars.advance(task, n))
@@ -164,7 +152,7 @@ def _files(options: argparse.Namespace) -> list[Path]:
 def run_repair(options: argparse.Namespace) -> int:
     """Repair, and say what changed."""
     weights = _read(options, options.sources[0])
-    images, directions = _images(options, weights), _predict(weights)
+    images, directions = images_for(weights, options.images, options.size), _predict(weights)
     criterion = Criterion(least=options.least, limit_layers=options.limit_layers)
     settings = RepairSettings(
         criterion,
@@ -228,7 +216,7 @@ def run_registers(options: argparse.Namespace) -> int:
         options.min_patch_cosine,
         options.device,
     )
-    images, directions = _images(options, weights), _predict(weights)
+    images, directions = images_for(weights, options.images, options.size), _predict(weights)
     task = bars.add_task("finding neurons", total=options.number)
     found = registers_file(weights, directions, images, order, lambda n: bars.advance(task, n))
     for part in report_parts(options.out, options.hook, found):

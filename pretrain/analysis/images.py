@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +15,18 @@ from pretrain.data.order import Permutation
 from pretrain.data.reader import Reader
 from pretrain.data.shards import list_shards
 from pretrain.errors import InputError
+from pretrain.export.weights import Weights
 from pretrain.seeding import stream_key
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB / 255: those of the released models
+
+
+class Stored(NamedTuple):
+    """An image as it is stored."""
+
+    name: str  # for messages
+    content: bytes
+    label: int | None  # of a .cls member, or the place of the class folder among all
 
 
 class ImageSet:
@@ -46,6 +56,7 @@ class ImageSet:
             self.reader = Reader(list_shards([source], "--images"))
         if not len(self):
             raise InputError(f"--images: {source} holds no image")
+        self.classes = _class_folders(Path(source), self.files)
         self.damaged: list[str] = []  # a line each
 
     def __len__(self) -> int:
@@ -54,25 +65,40 @@ class ImageSet:
 
     def read(self, index: int) -> Tensor | None:
         """(C, size, size) float32 normalised, or None for a damaged image, which is noted."""
-        name = "?"
         try:
-            name, content = self._content(index)
-            pixels = decode(content, channels=len(self.mean))
+            stored = self.stored(index)
+        except (ValueError, OSError) as error:
+            self.damaged.append(f"?: {error}")
+            return None
+        return self.decoded(stored)
+
+    def decoded(self, stored: Stored) -> Tensor | None:
+        """(C, size, size) float32 normalised, or None for a damaged image, which is noted."""
+        try:
+            pixels = decode(stored.content, channels=len(self.mean))
             square = centre_crop(resize_shorter(pixels, self.size), self.size)
         except (ValueError, OSError) as error:
-            self.damaged.append(f"{name}: {error}")
+            self.damaged.append(f"{stored.name}: {error}")
             return None
-        image = torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1).float() / 255
+        # A copy: a resized picture that needed no cut is read-only.
+        image = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
         return (image - self.mean) / self.std
 
-    def _content(self, index: int) -> tuple[str, bytes]:
+    def stored(self, index: int) -> Stored:
+        """The bytes of an image.
+
+        Raises:
+            ValueError, OSError: it cannot be read.
+        """
         if self.reader is None:
             path = self.files[index]
-            return str(path), path.read_bytes()
+            folder = path.relative_to(self.source).parts[0]
+            label = self.classes.index(folder) if self.classes else None
+            return Stored(str(path), path.read_bytes(), label)
         for shard, size in enumerate(self.reader.sizes):
             if index < size:
                 item = self.reader.read(shard, index)
-                return f"{item.shard}: {item.key}", item.image
+                return Stored(f"{item.shard}: {item.key}", item.image, item.label)
             index -= size
         raise IndexError(index)
 
@@ -112,3 +138,37 @@ class ImageSet:
     def shuffled(self, seed: int) -> Permutation:
         """The order in which a repair sees them."""
         return Permutation(len(self), stream_key(seed, "sinder", "images"))
+
+
+def images_for(weights: Weights, source: str, size: int | None = None) -> ImageSet:
+    """Images as a model takes them.
+
+    Args:
+        weights: of an RGB model.
+        source: as for `ImageSet`.
+        size: pixels; None = those of the position grid.
+
+    Raises:
+        InputError: the size is no multiple of the patch size, the model takes other channels than RGB, or
+            there is no image.
+    """
+    return ImageSet(source, image_size(weights, size))
+
+
+def image_size(weights: Weights, size: int | None) -> int:
+    """Pixels of the images, checked; arguments and errors as for `images_for`."""
+    pixels, patch = size or weights.model.img_size, weights.model.patch_size
+    if pixels < patch or pixels % patch:
+        raise InputError(f"--size: {pixels} px is not a multiple of the patch size {patch}")
+    if weights.model.in_channels != 3:
+        raise InputError(
+            f"{weights.path}: has {weights.model.in_channels} channels; only RGB is supported here"
+        )
+    return pixels
+
+
+def _class_folders(source: Path, files: Sequence[Path]) -> list[str]:
+    """Names of the sub-folders of a folder that holds images in sub-folders only, two or more; else none."""
+    first = [path.relative_to(source).parts for path in files]
+    names = sorted({parts[0] for parts in first if len(parts) > 1})
+    return names if len(names) > 1 and all(len(parts) > 1 for parts in first) else []

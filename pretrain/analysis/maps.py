@@ -92,8 +92,8 @@ class PatchPca:
 
 
 @torch.no_grad()
-def cls_attention(model: VisionTransformer, images: Tensor) -> Tensor:
-    """What the class token attends to in the last block, (n, C, S, S') to (n, H, h, w) shares of attention.
+def cls_attention(model: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:
+    """What the class token attends to in a block, (n, C, S, S') to (n, H, h, w) shares of attention.
 
     They sum to less than 1: the class token and the registers have their share too.
     """
@@ -103,7 +103,7 @@ def cls_attention(model: VisionTransformer, images: Tensor) -> Tensor:
         shares.append(_cls_shares(attention, inputs[0].reshape(len(images), -1, model.embed_dim)))
 
     # Queries and keys are computed a second time within the forward, where every engine has the weights.
-    hook = cast(Block, model.blocks[-1]).attn.register_forward_pre_hook(look)
+    hook = cast(Block, model.blocks[block]).attn.register_forward_pre_hook(look)
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code does not notice the hook
             model([images])

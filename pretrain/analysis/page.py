@@ -1,9 +1,11 @@
 """A report as one HTML file that stands alone: no script, no network, pictures inside."""
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from pretrain.errors import InputError, first_line
 from pretrain.run.durable import write_text
@@ -107,6 +109,37 @@ class Page:
             write_text(path, self.html())
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+def figures_path(page: Path) -> Path:
+    """Where the figures of a page go; not NAME.json, which belongs to weights of that name."""
+    return page.with_suffix(".figures.json")
+
+
+def write_figures(page: Path, figures: Mapping[str, Any]) -> None:
+    """Write the figures of a page beside it.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    path = figures_path(page)
+    try:
+        write_text(path, json.dumps(figures, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({first_line(error)})") from error
+
+
+def check_page(page: Path, force: bool, option: str = "--report") -> None:
+    """Refuse a page that cannot be written, before the work is done.
+
+    Raises:
+        InputError: it is no .html, or it or its figures exist and `force` is not set.
+    """
+    if page.suffix != ".html":
+        raise InputError(f"{option}: {page} must end in .html; figures go beside it, in .figures.json")
+    for path in (page, figures_path(page)):
+        if path.exists() and not force:
+            raise InputError(f"{option}: {path} exists; choose another name, or --force")
 
 
 def _image(picture: Picture, width: int | None = None) -> str:

@@ -26,7 +26,7 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 SIZE = (5.4, 3.0)  # inches
-HEAT = "magma"
+HEAT, GRADED = "magma", "viridis"
 
 
 def lines(
@@ -35,6 +35,7 @@ def lines(
     y_label: str,
     limits: Mapping[str, float] | None = None,
     log: bool = False,
+    places: Sequence[float] | None = None,
 ) -> bytes:
     """Curves over 0, 1, 2, ... with a legend where there are several.
 
@@ -44,18 +45,24 @@ def lines(
         y_label: with the unit.
         limits: name to a value that is drawn as a dashed line.
         log: a logarithmic axis; only for values above 0.
+        places: where the values stand instead, on a logarithmic axis.
     """
     with rc_context(STYLE):
         figure, axes = _empty(x_label, y_label)
         for name, values in curves.items():
-            axes.plot(range(len(values)), values, marker=".", markersize=4, linewidth=1.3, label=name)
+            axes.plot(
+                places or range(len(values)), values, marker=".", markersize=4, linewidth=1.3, label=name
+            )
         for name, value in (limits or {}).items():
             axes.axhline(value, color="#8b949e", linewidth=0.9, linestyle="--", label=name)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(LogFormatter())
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if places:
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(curves) + len(limits or {}) > 1:
             axes.legend(fontsize=8)
         return _svg(figure)
@@ -90,6 +97,34 @@ def heat_map(values: Tensor, x_label: str, y_label: str, unit: str) -> bytes:
         figure, axes = _empty(x_label, y_label, (4.0, 3.2))
         axes.grid(False)
         drawn = axes.imshow(values.numpy(), cmap=HEAT, vmin=0)
+        figure.colorbar(drawn, ax=axes, label=unit)
+        return _svg(figure)
+
+
+def labelled_heat_map(
+    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], y_label: str, unit: str
+) -> bytes:
+    """A table of figures as colours, each figure in its cell; NaN stays empty.
+
+    Args:
+        values: a sequence for each row.
+        rows: their names.
+        columns: names of the columns.
+        y_label: what the rows are.
+        unit: of the figures, beside their scale.
+    """
+    with rc_context(STYLE):
+        figure, axes = _empty("", y_label, (1.6 + 0.55 * len(columns), 1.2 + 0.27 * len(rows)))
+        axes.grid(False)
+        numbers = np.array(values, float)
+        drawn = axes.imshow(numbers, cmap=GRADED, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        middle = (np.nanmin(numbers) + np.nanmax(numbers)) / 2
+        for (row, column), value in np.ndenumerate(numbers):
+            if np.isfinite(value):
+                colour = "white" if value < middle else "black"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7)
         figure.colorbar(drawn, ax=axes, label=unit)
         return _svg(figure)
 

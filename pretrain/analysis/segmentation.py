@@ -48,16 +48,27 @@ def linear_segmentation(
     Raises:
         InputError: fewer than two classes to tell apart.
     """
-    probe = _fit(train, _patch_labels(train_masks, *train.shape[1:3]), seed)
+    probe = fit_segmentation(train, train_masks, seed)
+    return summary(confusions(probe, test, test_masks).sum(dim=0))
+
+
+def confusions(probe: Pipeline, tokens: Tensor, masks: Tensor) -> Tensor:
+    """Pixels of each image by true class (rows) and predicted class (columns), (m, classes, classes) int64.
+
+    Args:
+        probe: of `fit_segmentation`.
+        tokens: (m, h, w, D).
+        masks: (m, S, S').
+    """
     classes = probe[-1].classes_.tolist()
-    size = max(*classes, *test_masks[test_masks != IGNORED].unique().tolist()) + 1
-    confusion = torch.zeros(size, size, dtype=torch.int64)
-    for tokens, mask in zip(test, test_masks, strict=True):
-        predicted = torch.tensor(classes)[_scores(probe, tokens, mask.shape).argmax(dim=0)]
+    size = max(*classes, *masks[masks != IGNORED].unique().tolist()) + 1
+    found = torch.zeros(len(masks), size, size, dtype=torch.int64)
+    for image, (own, mask) in enumerate(zip(tokens, masks, strict=True)):
+        predicted = torch.tensor(classes)[_scores(probe, own, mask.shape).argmax(dim=0)]
         counts = mask != IGNORED
         pairs = mask[counts] * size + predicted[counts]
-        confusion += torch.bincount(pairs, minlength=size * size).view(size, size)
-    return _summary(confusion)
+        found[image] = torch.bincount(pairs, minlength=size * size).view(size, size)
+    return found
 
 
 def _patch_labels(masks: Tensor, rows: int, cols: int) -> Tensor:
@@ -67,8 +78,13 @@ def _patch_labels(masks: Tensor, rows: int, cols: int) -> Tensor:
     return cells.mode(dim=-1).values
 
 
-def _fit(tokens: Tensor, labels: Tensor, seed: int) -> Pipeline:
-    rows, classes = tokens.flatten(0, 2), labels.flatten()
+def fit_segmentation(tokens: Tensor, masks: Tensor, seed: int = 0) -> Pipeline:
+    """A linear classifier of patch tokens (n, h, w, D), told by masks (n, S, S').
+
+    Raises:
+        InputError: fewer than two classes to tell apart.
+    """
+    rows, classes = tokens.flatten(0, 2), _patch_labels(masks, *tokens.shape[1:3]).flatten()
     rows, classes = rows[classes != IGNORED], classes[classes != IGNORED]
     if len(classes.unique()) < 2:
         raise InputError("the masks of the training half show one class only; a probe needs two or more")
@@ -88,8 +104,8 @@ def _scores(probe: Pipeline, tokens: Tensor, size: Sequence[int]) -> Tensor:
     return interpolate(grid[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def _summary(confusion: Tensor) -> SegmentationScores:
-    """Rows are true classes, columns predicted ones."""
+def summary(confusion: Tensor) -> SegmentationScores:
+    """Scores of counted pixels; rows are true classes, columns predicted ones."""
     hits, union = confusion.diagonal(), confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
     present = confusion.sum(1) > 0
     iou = 100 * hits[present] / union[present]

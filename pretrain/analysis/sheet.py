@@ -70,10 +70,25 @@ def _cells(column: Tensor, size: int) -> Tensor:
     return spaced.movedim(1, 0).flatten(1, 2)
 
 
+def stacked(parts: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """Pictures (3, h, w) uint8 under one another, each below a line of text: (3, height, width) uint8."""
+    width = max(drawn.shape[2] for _, drawn in parts)
+    wide = [(_line([(2, text)], width), drawn) for text, drawn in parts]
+    return torch.cat(
+        [pad(band, (0, width - band.shape[2]), value=PAPER) for pair in wide for band in pair], dim=1
+    )
+
+
 def _header(titles: Sequence[str], size: int) -> Tensor:
     """The line of column titles, (3, HEADER, columns * (size + GAP)) uint8."""
-    line = Image.new("L", (len(titles) * (size + GAP), HEADER), PAPER)
+    places = [(i * (size + GAP) + 2, title) for i, title in enumerate(titles)]
+    return _line(places, len(titles) * (size + GAP))
+
+
+def _line(texts: Sequence[tuple[int, str]], width: int) -> Tensor:
+    """Texts at distances from the left, (3, HEADER, width) uint8."""
+    line = Image.new("L", (width, HEADER), PAPER)
     draw, font = ImageDraw.Draw(line), ImageFont.load_default(13)
-    for i, title in enumerate(titles):
-        draw.text((i * (size + GAP) + 2, 2), title, fill=0, font=font)
+    for left, text in texts:
+        draw.text((left, 2), text, fill=0, font=font)
     return torch.from_numpy(np.array(line)).expand(3, -1, -1)

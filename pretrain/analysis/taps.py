@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pretrain.config.derived import ffn_hidden_dim, vit_shape
+from pretrain.config.derived import ffn_hidden_dim, prefix_tokens, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.models.block import Block
 from pretrain.models.vit import VisionTransformer
@@ -72,7 +72,7 @@ def pooled_features(
 
     def keep(place: Place) -> Look:
         def look(tokens: Tensor) -> None:
-            found[place] = pool(tokens, 1 + backbone.cfg.num_register_tokens)
+            found[place] = pool(tokens, prefix_tokens(backbone.cfg))
 
         return look
 

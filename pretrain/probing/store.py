@@ -4,16 +4,19 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.analysis.taps import Place, pooled_features, width
 from pretrain.errors import InputError
 from pretrain.models.vit import VisionTransformer
+from pretrain.probing.preprocessing import Array, Features
 from pretrain.run.durable import write_text
 
 Pool = Literal["cls", "patch_mean", "all_mean", "cls+patch_mean"]
@@ -32,8 +35,35 @@ class Contents:
     patches: int  # of an image
 
 
+class FileRows:
+    """An array (n, width) in a file, of which only rows that are asked for are read into memory."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path = path
+        self.shape = (number, path.stat().st_size // BYTES // number)
+
+    def __len__(self) -> int:
+        """Rows n."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Floats:
+        """Consecutive rows, or ascending ones: then those between them are read as well."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            return self._span(start, stop)
+        if not len(rows):
+            return np.empty((0, self.shape[1]), np.float32)
+        first = int(rows[0])
+        return self._span(first, int(rows[-1]) + 1)[rows - first]
+
+    def _span(self, start: int, stop: int) -> Floats:
+        width = self.shape[1]
+        count, offset = max(0, stop - start) * width, start * width * BYTES
+        return np.fromfile(self.path, np.float32, count, offset=offset).reshape(-1, width)
+
+
 class FeatureSet:
-    """Features of n images: for each place a file of class tokens and one of mean patches, both (n, D')."""
+    """Features of n images: for each place a file of class token beside mean patch, (n, 2 D')."""
 
     def __init__(self, folder: Path, contents: Contents) -> None:
         self.folder, self.contents = folder, contents
@@ -43,25 +73,27 @@ class FeatureSet:
         """(n,) class numbers."""
         return np.fromfile(self.folder / LABELS, np.int64)
 
-    def read(self, place: Place, pool: Pool) -> Floats:
-        """(n, D') of one place; (n, 2 D') for `cls+patch_mean`.
+    def features(self, place: Place, pool: Pool, rows: NDArray[np.int64] | None = None) -> Features:
+        """Features (n, D') of one place, (n, 2 D') for `cls+patch_mean`; read as they are needed.
 
         `all_mean` is the mean over class token and patches, as in the paper; registers are never in it.
         """
-        match pool:
-            case "cls" | "patch_mean":
-                return self._file(place, pool)
-            case "all_mean":
-                number = self.contents.patches
-                mean = self._file(place, "patch_mean")
-                mean *= number / (number + 1)
-                mean += self._file(place, "cls") / (number + 1)
-                return mean
-            case "cls+patch_mean":
-                return np.concatenate([self._file(place, "cls"), self._file(place, "patch_mean")], axis=1)
+        file = cast(Array, FileRows(_path(self.folder, place), self.contents.images))
+        return Features(str(place), lambda: file, rows, (partial(_pooled, pool, self.contents.patches),))
 
-    def _file(self, place: Place, token: Literal["cls", "patch_mean"]) -> Floats:
-        return np.fromfile(_path(self.folder, place, token), np.float32).reshape(self.contents.images, -1)
+
+def _pooled(pool: Pool, patches: int, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(b, 2 D') to what a pool makes of class token and mean patch."""
+    cls, mean = np.split(rows, 2, axis=1)
+    match pool:
+        case "cls":
+            return cls
+        case "patch_mean":
+            return mean
+        case "all_mean":
+            return (cls + patches * mean) / (patches + 1)
+        case "cls+patch_mean":
+            return rows
 
 
 def open_features(folder: Path, key: str) -> FeatureSet | None:
@@ -103,8 +135,7 @@ def extract(
     for images, labels in batches:
         pooled = pooled_features(backbone, images.to(device), wanted)
         for place, features in pooled.items():
-            _append(_path(folder, place, "cls"), features.cls.cpu().numpy())
-            _append(_path(folder, place, "patch_mean"), features.patch_mean.cpu().numpy())
+            _append(_path(folder, place), torch.cat(features, dim=1).cpu().numpy())
         _append(folder / LABELS, labels.numpy().astype(np.int64))
         patches = (images.shape[-2] // backbone.patch_size) * (images.shape[-1] // backbone.patch_size)
         seen += len(images)
@@ -128,8 +159,8 @@ def _make_room(backbone: VisionTransformer, wanted: Sequence[Place], number: int
         )
 
 
-def _path(folder: Path, place: Place, token: Literal["cls", "patch_mean"]) -> Path:
-    return folder / f"{place}.{token}.f32"
+def _path(folder: Path, place: Place) -> Path:
+    return folder / f"{place}.f32"
 
 
 def _append(path: Path, values: NDArray[np.generic]) -> None:

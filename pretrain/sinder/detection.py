@@ -1,10 +1,9 @@
-"""Which patch tokens are defective: by their angle to the predicted direction, or by their norm."""
+"""Which patch tokens are defective by their angle to the predicted direction; norms: analysis.outliers."""
 
 import torch
 from torch import Tensor
 
 ANGLE_THRESHOLD = 4.0  # standard deviations above the mean (paper and released code)
-NORM_THRESHOLD = 8.0  # median absolute deviations above the median
 MIN_PATCHES = 196  # of the angle criterion: fewer than 17 can never be 4 deviations above their own mean
 # |cos| with the prediction from which a token lies along it. The paper's criterion is relative to the image:
 # where many patches lean towards the direction it asks for more than 1 and sees nothing.
@@ -37,25 +36,3 @@ def defective_by_angle(cosines: Tensor, threshold: float = ANGLE_THRESHOLD, bord
         inner[:, border:-border, border:-border] = found[:, border:-border, border:-border]
         return inner
     return found
-
-
-def defective_by_norm(norms: Tensor, threshold: float = NORM_THRESHOLD) -> Tensor:
-    """Patches whose norm is above median + threshold * median absolute deviation of their image.
-
-    Args:
-        norms: (B, ...).
-        threshold: in median absolute deviations.
-
-    Returns:
-        (B, ...) bool.
-    """
-    return norms > norm_limits(norms, threshold)
-
-
-def norm_limits(norms: Tensor, threshold: float = NORM_THRESHOLD) -> Tensor:
-    """Each image's limit of that criterion: of norms (B, ...) as (B, 1, ...)."""
-    flat = norms.flatten(1)
-    middle = flat.median(dim=1).values
-    deviation = (flat - middle[:, None]).abs().median(dim=1).values
-    limits = middle + threshold * deviation.clamp(min=1e-12)
-    return limits.view(-1, *[1] * (norms.ndim - 1))

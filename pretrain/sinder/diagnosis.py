@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pretrain.analysis.outliers import norm_outliers
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.after_blocks import after_blocks
 from pretrain.sinder.detection import (
@@ -14,7 +15,6 @@ from pretrain.sinder.detection import (
     MIN_PATCHES,
     alignment,
     defective_by_angle,
-    defective_by_norm,
 )
 from pretrain.sinder.directions import LayerDirection
 
@@ -71,7 +71,7 @@ class Evidence:
     def _count(self, index: int, patches: Tensor) -> None:
         patches = patches.float()
         norms, cosines = patches.norm(dim=-1), alignment(patches, self.directions[index].to(patches.device))
-        by_norm = defective_by_norm(norms)
+        by_norm = norm_outliers(norms)
         enough = norms[0].numel() >= MIN_PATCHES
         by_angle = defective_by_angle(cosines) if enough else torch.zeros_like(by_norm)
         both = by_norm & (cosines >= ALIGNED)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from pretrain.analysis.outliers import NORM_THRESHOLD
 from pretrain.models.vit import VisionTransformer
-from pretrain.sinder.detection import ALIGNED, ANGLE_THRESHOLD, MIN_PATCHES, NORM_THRESHOLD
+from pretrain.sinder.detection import ALIGNED, ANGLE_THRESHOLD, MIN_PATCHES
 from pretrain.sinder.look import Look, look
 
 

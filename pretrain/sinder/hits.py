@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ class Criterion:
     first_block: int = 0  # before it, what stands out is no defect: the criterion is relative
 
 
+class Pass(NamedTuple):
+    """Tokens (m, T, D) of images through one block, with a graph of its own: `before` is a leaf."""
+
+    before: Tensor
+    after: Tensor
+
+
 class Hit(NamedTuple):
     """Images that show defects first after the same block."""
 
@@ -33,6 +41,8 @@ class Hit(NamedTuple):
     images: Tensor  # (n,) int64 rows of the batch
     tokens: Tensor  # (n, T, D) before block `first`
     defective: int  # patches in all
+    passes: Sequence[Pass]  # of the search, from `first` to `block`; empty where it is cheaper to run again
+    rows: Tensor  # (m,) bool, which images of the passes these are
 
 
 def patch_grid(backbone: VisionTransformer, tokens: Tensor, images: Tensor) -> Tensor:
@@ -56,6 +66,7 @@ def find_hits(
     """The forward stops for each image at the first block with enough defective patches (paper, section 3.3).
 
     Each image's stream starts anew `limit_layers` blocks before its own hit: only there gradients may flow.
+    So every block that a gradient may reach is recorded by itself, and the last `limit_layers` are kept.
 
     Args:
         backbone: under repair.
@@ -67,36 +78,68 @@ def find_hits(
         By rising block; empty where no image is defective.
     """
     tokens, rows = backbone.embed(images), torch.arange(len(images), device=images.device)
+    start = max(criterion.first_block - criterion.limit_layers + 1, 0)  # no gradient goes further back
     before: list[Tensor] = []  # inputs of the last blocks, of the images that go on
+    passes: list[Pass] = []  # through them, since an image last dropped out
     hits = []
     for index, direction in enumerate(directions):
-        before = [*before, tokens][-criterion.limit_layers :]
-        tokens = run_block(backbone, index, tokens)
+        before = [*before, tokens.requires_grad_(index > start)][-criterion.limit_layers :]
+        with torch.set_grad_enabled(index >= start):
+            after = run_block(backbone, index, tokens)
+        passes = [*passes, Pass(tokens, after)][-criterion.limit_layers :]
+        tokens = after.detach()
         counts = _defective(backbone, tokens, images, direction, criterion)[1].sum(dim=(1, 2))
         found = (counts >= criterion.least) & (index >= criterion.first_block)
-        if found.any():
-            first = index - len(before) + 1
-            hits.append(Hit(index, first, rows[found], before[0][found], int(counts[found].sum())))
-            tokens, rows = tokens[~found], rows[~found]
+        if number := int(found.sum()):
+            # a backward takes two forwards: it may go through a third of other images for their sake
+            whole = len(passes) == len(before) and 3 * number >= 2 * len(found)
+            first, defective = index - len(before) + 1, int(counts[found].sum())
+            kept = passes if whole else []
+            hits.append(Hit(index, first, rows[found], before[0][found], defective, kept, found))
+            tokens, rows, passes = tokens[~found], rows[~found], []
             before = [earlier[~found] for earlier in before]
         if not len(rows):
             break
     return hits
 
 
-def hit_losses(
+def hit_backward(
     backbone: VisionTransformer,
     images: Tensor,
     hit: Hit,
     directions: Sequence[Tensor],
     criterion: Criterion,
-) -> Tensor:
-    """(n,) smooth losses of a hit's images, with gradients to the blocks from `first` to `block`."""
+    number: int,
+) -> float:
+    """Add the gradients of a hit to the blocks from `first` to `block`.
+
+    Args:
+        backbone: under repair.
+        images: (B, C, S, S') of the batch.
+        hit: of the batch; its passes are used up.
+        directions: (D,) for each block.
+        criterion: that found it.
+        number: of images in all hits.
+
+    Returns:
+        The sum of its images' smooth losses over `number`.
+    """
+    tokens = hit.passes[-1].after[hit.rows] if hit.passes else _run_again(backbone, hit)
+    cosines, defective = _defective(backbone, tokens.detach(), images, directions[hit.block], criterion)
+    patches = patch_grid(backbone, tokens, images).float()
+    loss = smooth_loss(patches, cosines, defective, criterion.kernel).sum() / number
+    loss.backward()
+    for later, earlier in pairwise(reversed(hit.passes)):
+        earlier.after.backward(later.before.grad)
+    return loss.item()
+
+
+def _run_again(backbone: VisionTransformer, hit: Hit) -> Tensor:
+    """(n, T, D) after the hit's block."""
     tokens = hit.tokens
     for index in range(hit.first, hit.block + 1):
         tokens = run_block(backbone, index, tokens)
-    cosines, defective = _defective(backbone, tokens.detach(), images, directions[hit.block], criterion)
-    return smooth_loss(patch_grid(backbone, tokens, images).float(), cosines, defective, criterion.kernel)
+    return tokens
 
 
 def _defective(

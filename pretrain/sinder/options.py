@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
+from pretrain.analysis.page import check_page
 from pretrain.command_line import Parser
 from pretrain.errors import InputError
 from pretrain.sinder.registers_file import RegistersOrder
 from pretrain.sinder.repair import RepairSettings
 from pretrain.sinder.repair_file import RepairOrder
-from pretrain.sinder.report import figures_path
 
 DEFAULTS, METHOD, REGISTERS = RepairOrder(Path()), RepairSettings(), RegistersOrder(Path())
 COUNTS = ("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least")
@@ -106,11 +106,5 @@ def check(options: argparse.Namespace) -> None:
     for name in COUNTS:
         if getattr(options, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
-    report: Path | None = options.report
-    if report is None:
-        return
-    if report.suffix != ".html":
-        raise InputError(f"--report: {report} must end in .html; figures go beside it, in .figures.json")
-    for path in (report, figures_path(report)):
-        if path.exists() and not options.force:
-            raise InputError(f"--report: {path} exists; choose another name, or --force")
+    if options.report:
+        check_page(options.report, options.force)

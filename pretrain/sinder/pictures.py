@@ -4,20 +4,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from pretrain.analysis import plots
-from pretrain.analysis.images import MEAN, STD
 from pretrain.analysis.maps import PatchPca
+from pretrain.analysis.marks import marked, shown_pixels
 from pretrain.analysis.page import Picture
 from pretrain.sinder.comparison import Subject
 from pretrain.sinder.diagnosis import worst_layer
 from pretrain.sinder.held_out import Original
 from pretrain.sinder.look import Look
-
-SHOWN = 224  # pixels of a picture of an image
-MARK = torch.tensor([1.0, 0.1, 0.1]).view(3, 1, 1)
-DIMMED = 0.7  # brightness of what is not marked
 
 
 def worst_block(subject: Subject) -> int:
@@ -42,7 +37,7 @@ def picture_table(subjects: Sequence[Subject], images: Tensor) -> tuple[list[str
     """
     looks = [subject.seen for subject in subjects if subject.seen is not None]
     basis = PatchPca.fit(torch.cat([seen.patches[: len(images)].flatten(1, 2) for seen in looks]))
-    original, worst, pixels = Original(looks[0]), worst_block(subjects[0]), _pixels(images)
+    original, worst, pixels = Original(looks[0]), worst_block(subjects[0]), shown_pixels(images)
     blocks = telling_blocks(subjects[0]) if len(subjects) == 1 else [worst]
     defective = [original.by_both(seen)[:, worst] for seen in looks]
     columns: dict[str, Iterable[Tensor]] = {"image": pixels}
@@ -51,7 +46,7 @@ def picture_table(subjects: Sequence[Subject], images: Tensor) -> tuple[list[str
         for name, seen in zip(names, looks, strict=True):
             columns[f"{name}norm after block {block}"] = _norms(looks, seen, block, len(images))
     for name, marks in zip(names, defective, strict=True):
-        columns[f"{name}marked"] = map(_marked, pixels, marks)
+        columns[f"{name}marked"] = map(marked, pixels, marks)
     for name, seen in zip(names, looks, strict=True):
         columns[f"{name}PCA"] = _pca(basis, seen, len(images))
     cells = [
@@ -61,25 +56,11 @@ def picture_table(subjects: Sequence[Subject], images: Tensor) -> tuple[list[str
     return list(columns), [list(row) for row in zip(*cells, strict=True)]
 
 
-def _pixels(images: Tensor) -> Tensor:
-    """(n, 3, S, S) normalised to (n, 3, s, s) from 0 to 1, s at most SHOWN."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
-    size = min(SHOWN, images.shape[-1])
-    shown = (images.float().cpu() * std + mean).clamp(0, 1)
-    return interpolate(shown, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
-
-
 def _norms(looks: Sequence[Look], seen: Look, block: int, number: int) -> Iterator[Tensor]:
     """Maps of the first images, each in a range that all models share."""
     for image in range(number):
         highest = max(float(other.norms[image, block].max()) for other in looks)
         yield plots.heat(seen.norms[image, block], 0, highest)
-
-
-def _marked(image: Tensor, defective: Tensor) -> Tensor:
-    """An image (3, s, s) in dim grey with the places of a mask (h, w) in one colour."""
-    mask = interpolate(defective[None, None].float(), size=image.shape[-2:], mode="nearest")[0]
-    return DIMMED * image.mean(dim=0, keepdim=True) * (1 - mask) + MARK * mask
 
 
 def _pca(basis: PatchPca, seen: Look, number: int) -> Tensor:

@@ -6,12 +6,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from pretrain.analysis.outliers import norm_outliers
 from pretrain.config.derived import ffn_hidden_dim, prefix_tokens
 from pretrain.errors import InputError
 from pretrain.models.block import Block
 from pretrain.models.ffn import Mlp, SwiGlu
 from pretrain.models.vit import VisionTransformer
-from pretrain.sinder.detection import ALIGNED, alignment, defective_by_norm
+from pretrain.sinder.detection import ALIGNED, alignment
 from pretrain.sinder.hits import patch_grid, run_block
 
 
@@ -78,7 +79,7 @@ def _outliers(backbone: VisionTransformer, images: Tensor, direction: Tensor, bl
     for index in range(block + 1):
         tokens = run_block(backbone, index, tokens)
     patches = patch_grid(backbone, tokens, images).float()
-    found = defective_by_norm(patches.norm(dim=-1)) & (alignment(patches, direction) >= ALIGNED)
+    found = norm_outliers(patches.norm(dim=-1)) & (alignment(patches, direction) >= ALIGNED)
     return found.flatten(1)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.analysis.images import ImageSet
 from pretrain.models.vit import VisionTransformer
-from pretrain.sinder.hits import Criterion, find_hits, hit_losses
+from pretrain.sinder.hits import Criterion, find_hits, hit_backward
 from pretrain.sinder.singular_values import SingularLinear, decompose
 
 
@@ -97,9 +97,7 @@ class Repair:
             number = sum(len(hit.images) for hit in hits)
             total = 0.0
             for hit in hits:  # one after the other: each frees its activations
-                loss = hit_losses(self.backbone, images, hit, self.directions, criterion).sum() / number
-                loss.backward()
-                total += loss.item()
+                total += hit_backward(self.backbone, images, hit, self.directions, criterion, number)
         applied = bool(hits) and self._finite()
         if applied:
             self.optimizer.step()

@@ -1,6 +1,5 @@
 """The report of a diagnosis or a comparison: one HTML file for someone who did not run it, figures beside."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.analysis import plots
-from pretrain.analysis.page import Page
-from pretrain.errors import InputError, first_line
-from pretrain.run.durable import write_text
+from pretrain.analysis.outliers import NORM_THRESHOLD
+from pretrain.analysis.page import Page, write_figures
 from pretrain.sinder.comparison import Subject
-from pretrain.sinder.detection import ALIGNED, ANGLE_THRESHOLD, MIN_PATCHES, NORM_THRESHOLD
+from pretrain.sinder.detection import ALIGNED, ANGLE_THRESHOLD, MIN_PATCHES
 from pretrain.sinder.diagnosis import DEFECTIVE_RATIO, DEFECTIVE_SHARE, MILD_RATIO, MILD_SHARE
 from pretrain.sinder.pictures import picture_table, worst_block
 from pretrain.sinder.tables import Table, diagnosis_table, shares_table, summary_table
@@ -53,11 +51,6 @@ class Report:
     facts: Mapping[str, str]  # of the protocol
 
 
-def figures_path(path: Path) -> Path:
-    """Where the figures of a report go; not NAME.json, which belongs to weights of that name."""
-    return path.with_suffix(".figures.json")
-
-
 def write_report(path: Path, report: Report, figures: Mapping[str, Any]) -> None:
     """Write the page, and the figures beside it.
 
@@ -65,11 +58,7 @@ def write_report(path: Path, report: Report, figures: Mapping[str, Any]) -> None
         InputError: a file cannot be written.
     """
     report_page(report).write(path)
-    beside = figures_path(path)
-    try:
-        write_text(beside, json.dumps(figures, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{beside}: cannot be written ({first_line(error)})") from error
+    write_figures(path, figures)
 
 
 def report_page(report: Report) -> Page:

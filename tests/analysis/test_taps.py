@@ -110,6 +110,14 @@ def test_there_are_eight_points_a_block_and_two_more_with_layer_scale():
     assert str(Place(3, "Act")) == "block03_Act"
 
 
+def test_a_test_time_register_is_in_no_pool(images):
+    model = VisionTransformer(replace(PLAIN, register_neurons=[[1, 3]]), "math").eval()
+    init_weights(model, 0)
+    seen = tokens_of(model, images)[Place(2, "RC2")]
+    found = pooled_features(model, images, [Place(2, "RC2")])[Place(2, "RC2")]
+    assert seen.shape[1] == 1 + 1 + 16 and torch.equal(found.patch_mean, seen[:, 2:].mean(dim=1))
+
+
 def test_registers_are_in_no_pool():
     tokens = torch.zeros(1, 1 + 4 + 9, 2)
     tokens[:, 1:5] = 100

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import gelu, silu
 
+from pretrain.analysis.outliers import norm_outliers
 from pretrain.errors import InputError
-from pretrain.sinder.detection import alignment, defective_by_angle, defective_by_norm
+from pretrain.sinder.detection import alignment, defective_by_angle
 from pretrain.sinder.directions import defect_directions, leading_left
 from pretrain.sinder.linear_maps import block_maps, gelu_fit, swiglu_fit
 from pretrain.surgery.conversion import read_backbone, write_layout
@@ -117,4 +118,4 @@ def test_the_angle_criterion_is_relative_to_the_image():
 def test_the_norm_criterion_finds_what_is_long():
     norms = 10 + 0.1 * normal(2, 12, 12)
     norms[1, 3, 4] = 60
-    assert defective_by_norm(norms).nonzero().tolist() == [[1, 3, 4]]
+    assert norm_outliers(norms).nonzero().tolist() == [[1, 3, 4]]

@@ -134,10 +134,10 @@ def test_wrong_input_is_one_line(pair, photos, masks, sinder, tmp_path):
 
 
 def test_marks_lie_on_the_defective_patches():
-    from pretrain.sinder.pictures import _marked
+    from pretrain.analysis.marks import marked
 
     defective = torch.zeros(4, 4, dtype=torch.bool)
     defective[1, 2] = True
-    drawn = _marked(torch.rand(3, 32, 32), defective)
+    drawn = marked(torch.rand(3, 32, 32), defective)
     red = (drawn[0] > 0.99) & (drawn[1] < 0.11)
     assert red[8:16, 16:24].all() and red.sum() == 64

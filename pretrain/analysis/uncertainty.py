@@ -1,15 +1,19 @@
 """How sure a mean of per-image scores is, and whether one probe is better than another on the same images."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from pretrain.errors import InputError
-from pretrain.probing.preprocessing import Floats
 from pretrain.seeding import numpy_stream
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+LEVEL = 0.95  # of intervals
 RESAMPLES = 10_000
 PERMUTATIONS = 10_000  # as in arXiv 2604.14433
 DISTINCT = 64  # kinds of images up to which resamples are drawn as counts
@@ -39,7 +43,7 @@ def bootstrap(
     scores: Floats,
     seed: int,
     groups: Sequence[Hashable] | None = None,
-    level: float = 0.95,
+    level: float = LEVEL,
     resamples: int = RESAMPLES,
 ) -> Interval:
     """Percentile bootstrap of the mean of scores, such as 0 and 1 for an accuracy.
@@ -64,10 +68,28 @@ def bootstrap(
 
 
 def bootstrap_difference(
-    left: Floats, right: Floats, seed: int, groups: Sequence[Hashable] | None = None, level: float = 0.95
+    left: Floats, right: Floats, seed: int, groups: Sequence[Hashable] | None = None, level: float = LEVEL
 ) -> Interval:
     """Of the mean of left - right, two probes' scores (n,) on the same images; see `bootstrap`."""
     return bootstrap(_differences(left, right), seed, groups, level)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[Ints], float], number: int, seed: int, level: float = LEVEL, resamples: int = 1_000
+) -> tuple[float, float]:
+    """Percentile bootstrap of what is no mean over images, such as the mIoU of all their pixels.
+
+    Args:
+        statistic: of the images at some rows (n,), repeated where they are drawn again.
+        number: of images n.
+        seed: of the resamples.
+        level: share of the resamples inside.
+        resamples: how many.
+    """
+    stream, tail = numpy_stream(seed, "bootstrap-statistic"), 50 * (1 - level)
+    drawn = [statistic(stream.integers(number, size=number)) for _ in range(resamples)]
+    low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+    return float(low), float(high)
 
 
 def permutation_test(left: Floats, right: Floats, seed: int, permutations: int = PERMUTATIONS) -> float:

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from pretrain.analysis import uncertainty
+from pretrain.analysis.uncertainty import (
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_statistic,
+    permutation_test,
+    sign_test,
+)
 from pretrain.errors import InputError
-from pretrain.probing import uncertainty
-from pretrain.probing.uncertainty import bootstrap, bootstrap_difference, permutation_test, sign_test
 
 
 def normal(number: int, seed: int) -> np.ndarray:
@@ -104,3 +110,12 @@ def test_scores_that_do_not_pair_are_one_line() -> None:
         bootstrap(np.ones(0), 0)
     with pytest.raises(InputError, match="3 images for 2 groups"):
         bootstrap(np.ones(3), 0, ["a", "b"])
+
+
+def test_a_statistic_of_rows_has_the_interval_of_its_mean():
+    values = np.random.default_rng(0).random(50)
+    ends = bootstrap_statistic(lambda rows: float(values[rows].mean()), 50, seed=0, resamples=4000)
+    found = bootstrap(values, seed=1)
+    assert ends == pytest.approx((found.low, found.high), abs=0.01)
+    low, high = bootstrap_statistic(lambda rows: float(values[rows].max()), 50, seed=0)
+    assert low > 0.9 and high == values.max()

@@ -1,0 +1,79 @@
+"""Tools as a user calls them, and small models and images for them."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.command_line import exit_status
+from pretrain.config.schema import ModelConfig
+from pretrain.export import write_export
+from pretrain.models.init import init_weights
+from pretrain.models.vit import VisionTransformer
+from tests.small import small_config
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+
+def load(name: str) -> ModuleType:
+    """A tool as a module."""
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def runner(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Done]:
+    """Runs a tool: status, standard output and standard error."""
+    module = load(name)
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        status = exit_status(f"{name}.py", module.main)
+        out, err = capsys.readouterr()
+        return Done(status, out, err)
+
+    return run
+
+
+def small_model(**changes) -> ModelConfig:
+    return replace(small_config().model, **changes)
+
+
+def write_model(path: Path, model: ModelConfig, seed: int = 0) -> Path:
+    backbone = VisionTransformer(model, "math")
+    init_weights(backbone, seed)
+    return write_export(path, backbone.state_dict(), model, {})
+
+
+def scenes(number: int, side: int, seed: int = 0) -> tuple[list[Image.Image], list[Image.Image], list[int]]:
+    """Images of a bright square on dark noise, red or green; masks with 0 outside; classes 0 and 1."""
+    random = np.random.default_rng(seed)
+    images, masks, classes = [], [], []
+    for index in range(number):
+        pixels = random.integers(0, 60, (side, side, 3), np.uint8)
+        top, left = random.integers(side // 8, side // 2, 2)
+        place = slice(top, top + side // 3), slice(left, left + side // 3)
+        pixels[*place, index % 2] = 230
+        mask = np.zeros((side, side), np.uint8)
+        mask[place] = 1 + index % 2
+        images.append(Image.fromarray(pixels))
+        masks.append(Image.fromarray(mask))
+        classes.append(index % 2)
+    return images, masks, classes

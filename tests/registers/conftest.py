@@ -1,0 +1,123 @@
+"""Tiny backbones with registers, images, and the tool as a user calls it."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pretrain.analysis.images import ImageSet
+from pretrain.command_line import exit_status
+from pretrain.config.schema import ModelConfig
+from pretrain.export import write_export
+from pretrain.models.init import init_weights
+from pretrain.models.vit import VisionTransformer
+from pretrain.registers.calibration import Calibration, calibrate
+from pretrain.registers.samples import Batch, batches
+
+TOOL = Path(__file__).parents[2] / "tools" / "registers.py"
+MODEL = ModelConfig(
+    arch="custom",
+    embed_dim=32,
+    depth=3,
+    num_heads=4,
+    patch_size=8,
+    img_size=32,
+    layer_scale=1.0,
+    drop_path_rate=0.0,
+    num_register_tokens=4,
+)
+PLAIN = replace(MODEL, num_register_tokens=0)
+
+
+def random_backbone(model: ModelConfig) -> VisionTransformer:
+    """Weights under which tokens attend to each other and to what they are about."""
+    backbone = VisionTransformer(model, "math").eval()
+    init_weights(backbone, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return backbone.requires_grad_(False)
+
+
+def write_images(folder: Path, classes: int, each: int) -> Path:
+    """A folder of class folders: noise with a colour of its class."""
+    stream = np.random.default_rng(0)
+    for label in range(classes):
+        colour = stream.uniform(60, 200, size=3)
+        (folder / f"class{label}").mkdir(parents=True)
+        for number in range(each):
+            coarse = stream.normal(colour, 35, size=(4, 4, 3)).repeat(8, 0).repeat(8, 1)
+            pixels = (coarse + stream.normal(0, 15, size=(32, 32, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{number:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three classes, 20 images each; not to be changed."""
+    return write_images(tmp_path_factory.mktemp("registers") / "photos", 3, 20)
+
+
+@pytest.fixture(scope="session")
+def image_set(photos: Path) -> ImageSet:
+    return ImageSet(str(photos), 32)
+
+
+@pytest.fixture(scope="session")
+def batch(image_set: ImageSet) -> Batch:
+    """Six images, two of each class."""
+    return next(batches(image_set, [0, 1, 20, 21, 40, 41], 6))
+
+
+@pytest.fixture(scope="session")
+def backbone() -> VisionTransformer:
+    return random_backbone(MODEL)
+
+
+@pytest.fixture(scope="session")
+def calibration(backbone: VisionTransformer, image_set: ImageSet) -> Calibration:
+    """Of images that are not in `batch`."""
+    rest = batches(image_set, [*range(5, 20), *range(25, 40)], 7)
+    return calibrate(backbone, rest, "weights", "preprocessing", 20, 0)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Weights with and without registers."""
+    folder = tmp_path_factory.mktemp("weights")
+    models = {"registers": MODEL, "plain": PLAIN}
+    return {
+        name: write_export(folder / f"{name}.safetensors", random_backbone(model).state_dict(), model, {})
+        for name, model in models.items()
+    }
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs the tool: status, standard output and standard error."""
+    spec = importlib.util.spec_from_file_location("registers_tool", TOOL)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["registers.py", *map(str, arguments)])
+        status = exit_status("registers.py", module.main)
+        out, err = capsys.readouterr()
+        return Done(status, out, err)
+
+    return run

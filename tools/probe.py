@@ -1,0 +1,208 @@
+"""Where to probe a frozen backbone: every layer and module, also under distribution shift (arXiv 2603.05280).
+
+    python tools/probe.py a.safetensors --train 'train-*.tar' --test 'test-*.tar' --out probes/plain
+    python tools/probe.py a.safetensors --train 'train-*.tar' --test 'test-*.tar' --out probes/shift \
+        --shift sketch='sketch-*.tar' --corrupt contrast:5 speckle_noise:5 --controls
+
+Weights of any format that tools/surgery.py reads; shards with classes (.cls). Features are computed once and
+kept under --out; each probe is a line of --out/rows.jsonl as soon as it is fitted, and the same command goes
+on where an interrupted one ended. --out/report.html says where to probe, report.figures.json beside it why.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table as Shown
+
+from pretrain.analysis.backbone import fingerprint
+from pretrain.analysis.corruptions import parse_corruption
+from pretrain.analysis.images import MEAN, STD
+from pretrain.analysis.taps import POINTS, Place, places
+from pretrain.command_line import Parser, exit_status
+from pretrain.config.derived import vit_shape
+from pretrain.config.schema import ModelConfig
+from pretrain.errors import InputError
+from pretrain.export.weights import Weights, read_weights
+from pretrain.probing.experiment import NEIGHBOURS, Method, specs
+from pretrain.probing.report import report_page
+from pretrain.probing.rows import Rows
+from pretrain.probing.sets import LabelledSet, Preparation
+from pretrain.probing.solvers import STRENGTHS, Solver
+from pretrain.probing.suite import (
+    Suite,
+    asked,
+    build_tasks,
+    compute_features,
+    distances,
+    facts,
+    figures,
+    fit_missing,
+    ordered,
+)
+from pretrain.probing.summary import answer, chosen_table, tasks
+from pretrain.run.durable import write_text
+from pretrain.surgery.architecture import Settings
+
+POOLS = ("cls", "patch_mean", "all_mean", "cls+patch_mean")
+out, errors = Console(highlight=False, markup=False, width=140), Console(stderr=True)
+bars = Progress(console=errors, transient=True, disable=not errors.is_terminal)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="probe.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = parser.add_argument
+    add("source", metavar="CKPT", type=Path, help="weights of any known format")
+    add("--train", metavar="SHARDS", nargs="+", required=True, help="to fit probes and to choose among them")
+    add("--test", metavar="SHARDS", nargs="+", required=True, help="to report the chosen ones")
+    add("--shift", metavar="NAME=SHARDS", nargs="+", default=[], help="further test sets of another kind")
+    add("--corrupt", metavar="KIND:SEVERITY", nargs="+", default=[], help="copies of --test, as contrast:5")
+    add("--protocol", choices=("transfer", "pretrain", "both"), default="transfer", help="see the report")
+    add("--out", metavar="DIR", type=Path, required=True, help="for features, rows and report")
+    add("--blocks", metavar="I", type=int, nargs="+", help="from 0; default: all")
+    add("--points", choices=POINTS, nargs="+", help="modules of a block; default: all")
+    add("--pools", choices=POOLS, nargs="+", default=["all_mean"], help="default: all_mean (paper)")
+    add("--controls", action="store_true", help="also probes that tell width from content")
+    add("--solver", choices=("torch", "sklearn", "ridge", "knn"), default="torch", help="default: torch")
+    add("--C", type=float, nargs="+", default=list(STRENGTHS), help="strengths to choose from; paper: 1")
+    add("--val-share", type=float, default=0.2, help="of the training images, to choose on; default 0.2")
+    add("--group-key", metavar="KEY", help="of the .json members, such as patient: never on both sides")
+    add("--size", type=int, help="pixels of the images; default: those of the position grid")
+    add("--mean", type=float, nargs="+", default=list(MEAN), help="per channel, of pixel / 255")
+    add("--std", type=float, nargs="+", default=list(STD), help="likewise")
+    add("--batch-size", type=int, default=64, help="images at once; default 64")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--num-heads", type=int, help="attention heads, where the weights do not tell")
+    add("--branch", metavar="NAME", help="student or teacher, where there are both")
+    add("--seed", type=int, default=0, help="of splits, corruptions and controls; default 0")
+    return parser.parse_args(arguments)
+
+
+def plan(options: argparse.Namespace, model: ModelConfig) -> Suite:
+    """What the command line asks for.
+
+    Raises:
+        InputError: it asks for what is not there.
+    """
+    if options.batch_size < 1:
+        raise InputError("--batch-size: must be at least 1")
+    if not 0 < options.val_share < 1:
+        raise InputError(f"--val-share: {options.val_share:g} must be between 0 and 1")
+    kind, choices = options.solver, NEIGHBOURS if options.solver == "knn" else options.C
+    method = Method(
+        kind, choices, Solver("torch" if kind == "knn" else kind, device=options.device), options.seed
+    )
+    return Suite(
+        options.out,
+        LabelledSet("train", options.train, "--train"),
+        _tests(options),
+        ("transfer", "pretrain") if options.protocol == "both" else (options.protocol,),
+        _places(options, model),
+        options.pools,
+        options.controls,
+        method,
+        _preparation(options, model),
+        options.val_share,
+        options.group_key,
+        options.batch_size,
+        options.device,
+    )
+
+
+def _tests(options: argparse.Namespace) -> list[LabelledSet]:
+    found = [LabelledSet("test", options.test, "--test")]
+    for text in options.shift:
+        name, equals, pattern = text.partition("=")
+        if not equals or not name.replace("-", "").replace("_", "").isalnum():
+            raise InputError(f"--shift: {text} must be NAME=SHARDS, the name of letters, digits, - and _")
+        found.append(LabelledSet(name, [pattern], "--shift"))
+    for text in options.corrupt:
+        corruption = parse_corruption(text)
+        found.append(LabelledSet(str(corruption), options.test, "--test", corruption))
+    names = ["train", *(images.name for images in found)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"--shift, --corrupt: {name} is there twice")
+    if options.protocol != "transfer" and len(found) == 1:
+        raise InputError("--protocol: fits on shifted images; give --shift or --corrupt")
+    return found
+
+
+def _places(options: argparse.Namespace, model: ModelConfig) -> list[Place]:
+    depth = vit_shape(model).depth
+    for block in options.blocks or []:
+        if not 0 <= block < depth:
+            raise InputError(f"--blocks: {block} must be from 0 to {depth - 1}")
+    found = [
+        place
+        for place in places(model)
+        if (options.blocks is None or place.block in options.blocks)
+        and (options.points is None or place.point in options.points)
+    ]
+    if not found:
+        raise InputError(f"--points: the model has none of {', '.join(options.points)} (no LayerScale)")
+    return found
+
+
+def _preparation(options: argparse.Namespace, model: ModelConfig) -> Preparation:
+    size, patch, channels = options.size or model.img_size, model.patch_size, model.in_channels
+    if size < patch or size % patch:
+        raise InputError(f"--size: {size} px is not a multiple of the patch size {patch}")
+    if len(options.mean) != channels or len(options.std) != channels:
+        raise InputError(f"--mean, --std: the model has {channels} channels; give {channels} numbers each")
+    return Preparation(size, options.mean, options.std, options.seed)
+
+
+def stage(what: str, total: int) -> Callable[[int], None]:
+    """A progress bar for a part of the work."""
+    task = bars.add_task(what, total=total)
+    return lambda number: bars.advance(task, number)
+
+
+def probe(options: argparse.Namespace, weights: Weights) -> int:
+    """Compute features, fit probes, say where to probe."""
+    suite = plan(options, weights.model)
+    wanted = asked(suite, fingerprint(weights.state))
+    rows = Rows(suite.out / "rows.jsonl", wanted)
+    features = compute_features(suite, weights, stage)
+    all_tasks = build_tasks(suite, features)
+    fit_missing(suite, weights, all_tasks, rows, stage)
+    found = ordered(rows.rows, specs(weights.model, suite.places, suite.pools, suite.controls), all_tasks)
+    shifts = distances(suite, features)
+    report_page(
+        f"Where to probe {options.source.stem}", found, shifts, dict(facts(suite, options.source))
+    ).write(suite.out / "report.html")
+    write_text(suite.out / "report.figures.json", json.dumps(figures(found, wanted, shifts), indent=1) + "\n")
+    for task in tasks(found):
+        of_task = [row for row in found if (row.fitted_on, row.protocol) == task]
+        _print(*chosen_table(of_task))
+        print(f"{task[0]} ({task[1]}): {answer(of_task)}")
+    print(f"probe.py: wrote {suite.out / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def _print(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Shown(*headings, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def main() -> int:
+    """Run the tool."""
+    options = parse(sys.argv[1:])
+    with bars:
+        return probe(
+            options, read_weights(options.source, options.branch, Settings(num_heads=options.num_heads))
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("probe.py", main))
