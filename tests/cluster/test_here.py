@@ -60,7 +60,14 @@ def test_a_killed_rank_starts_again(undisturbed: Path, shards: Path, tmp_path: P
     assert_same_end(run, undisturbed, 16)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGUSR2,
+        pytest.param(signal.SIGINT, marks=pytest.mark.drill),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.drill),
+    ],
+)
 def test_a_signal_saves_and_ends(number: signal.Signals, shards: Path, tmp_path: Path) -> None:
     shell, run, config = Shell(None, tmp_path), tmp_path / "run", write_config(tmp_path, shards)
     with start(shell, config, *TWO) as launcher:
@@ -103,6 +110,7 @@ def test_submitits_local_executor(undisturbed: Path, shards: Path, tmp_path: Pat
     assert_same_end(run, undisturbed, 16)
 
 
+@pytest.mark.drill
 def test_submitits_debug_executor(shards: Path, tmp_path: Path) -> None:
     shell, run, config = Shell(None, tmp_path), tmp_path / "run", write_config(tmp_path, shards)
     one = ("--nodes", "1", "--gpus-per-node", "0", "engine.kind=single", "run.steps=6")

@@ -117,7 +117,7 @@ def test_copies_and_shards_show_the_same(single, world):
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.drill
 def test_zero_3_shows_the_same(single, world):
     folder = world.folder / "deepspeed"
     folder.mkdir()

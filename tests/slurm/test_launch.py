@@ -119,6 +119,7 @@ def test_a_plain_scancel_ends_the_job_for_good(cluster: VirtualCluster, shards: 
     assert status["state"] in ("cancelled", "stopped")
 
 
+@pytest.mark.drill
 def test_a_bad_machine_is_named_and_left_out(cluster: VirtualCluster, shards: Path, tmp_path: Path) -> None:
     """The cache of node1 lies on a disk without room."""
     prolog = tmp_path / "prolog.sh"

@@ -61,6 +61,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on(
     assert_same_end(run, reference)
 
 
+@pytest.mark.drill
 def test_an_exception_is_shown_and_the_job_goes_on(
     cluster: VirtualCluster, reference: Path, shards: Path, tmp_path: Path
 ) -> None:
