@@ -41,7 +41,8 @@ def agreements(folder: Path) -> int:
         }
         barrier()
         say("said once")
-    print(json.dumps(found))
+    # One write: the line's end must not be a second one, between which another rank's line can fall.
+    sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
 
