@@ -44,7 +44,7 @@ def theirs():
     )
     model = transformers.Dinov2WithRegistersModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
-        parameter += 0.1 * torch.randn(parameter.shape)
+        parameter += 0.3 * torch.randn(parameter.shape)
     return model
 
 
@@ -157,7 +157,7 @@ def test_the_register_tool_says_what_replacing_their_tokens_does(theirs, files, 
     for name, values in (("zero", torch.zeros_like(means)), ("mean", means)):
         cosine = torch.cosine_similarity(full, replaced(theirs, scored, values), dim=-1).mean()
         found = documents[0]["effects"][f"registers:{name}"]["cosine_mean"]
-        assert found == pytest.approx(float(cosine), abs=1e-5), name
+        assert found == pytest.approx(float(cosine), abs=1e-6), name
         assert found < 0.9999
 
 
