@@ -181,5 +181,6 @@ def run_facts(cfg: Config, step: int) -> dict[str, Any]:
         "engine": cfg.engine.kind,
         "world_size": distributed.world_size(),
         "global_batch_size": cfg.optim.global_batch_size,
+        "pixels": {"mean": cfg.data.mean, "std": cfg.data.std, "window": cfg.data.decode.window},
         "torch": torch.__version__,
     }

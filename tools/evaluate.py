@@ -41,12 +41,13 @@ from pretrain.analysis.evaluation_report import (
     score_rows,
     write_report,
 )
-from pretrain.analysis.images import MEAN, STD, image_size, images_for
+from pretrain.analysis.images import ImageSet, image_size
 from pretrain.analysis.last_blocks import LastBlocks, last_blocks
 from pretrain.analysis.linear_probe import RATES, ProbeSettings, linear_probe
 from pretrain.analysis.marks import shown_pixels
 from pretrain.analysis.masks import read_masks
 from pretrain.analysis.page import check_page
+from pretrain.analysis.scaling import add_scaling, scaling_for
 from pretrain.analysis.view import view
 from pretrain.command_line import Parser, exit_status
 from pretrain.data.labelled import labelled_batches
@@ -80,6 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--masks", metavar="DIR", type=Path, help="NAME.png of classes for each image of the folder --images")
     add("--number", type=int, help=f"images for attention and masks; default {NUMBER}, or all there are")
     add("--size", type=int, help=f"pixels of the images; default {CROP}, or those of a smaller position grid")
+    add_scaling(parser)
     add("--resize", type=int, help=f"shorter side before the cut; default: size * {RESIZE} / {CROP}")
     add("--rates", type=float, nargs="+", default=list(RATES), metavar="LR", help="grid of the probes")
     add("--epochs", type=int, default=PROBE.epochs, help=f"of the probes; default {PROBE.epochs}")
@@ -121,15 +123,25 @@ def features(
     crop = size_of(options, weights)
     resize = options.resize or round(crop * RESIZE / CROP)
     task = bars.add_task(f"features of --{split}", total=None)
+    scaling = scaling_for(options, weights)
     batches = labelled_batches(
-        getattr(options, split), f"--{split}", resize, crop, MEAN, STD, options.batch_size
+        getattr(options, split),
+        f"--{split}",
+        resize,
+        crop,
+        scaling.mean,
+        scaling.std,
+        options.batch_size,
+        scaling.channels,
+        scaling.decoding,
     )
     return last_blocks(backbone, batches, partial(bars.advance, task))
 
 
 def looked_at(options: argparse.Namespace, weights: Weights) -> tuple[Tensor, Tensor | None]:
     """Images (n, 3, S, S) for attention, and their masks where there are any."""
-    images = images_for(weights, options.images or options.test[0], size_of(options, weights))
+    size, scaling = size_of(options, weights), scaling_for(options, weights)
+    images = ImageSet(options.images or options.test[0], size, scaling)
     number = options.number or min(NUMBER, len(images))
     indices, pixels = images.chosen(images.drawn(options.seed, number))
     for line in images.damaged:
@@ -152,7 +164,8 @@ def evaluate(
     settings = ProbeSettings(sorted(set(options.rates)), options.epochs, seed=options.seed)
     linear = linear_probe(train, test, settings, partial(bars.advance, task))
     scores = [*knn_scores(train, test), *linear_scores(linear), *retrieval_scores(train, test), *dense]
-    return Subject(name, scores, linear, seen), shown_pixels(pixels), masks, facts_of(train, test, pixels)
+    shown = shown_pixels(pixels, scaling_for(options, weights))
+    return Subject(name, scores, linear, seen), shown, masks, facts_of(train, test, pixels)
 
 
 def facts_of(train: LastBlocks, test: LastBlocks, pixels: Tensor) -> dict[str, str]:

@@ -22,7 +22,8 @@ from rich.table import Table as Shown
 
 from pretrain.analysis.backbone import fingerprint
 from pretrain.analysis.corruptions import parse_corruption
-from pretrain.analysis.images import MEAN, STD
+from pretrain.analysis.images import image_size
+from pretrain.analysis.scaling import add_scaling, scaling_for
 from pretrain.analysis.taps import POINTS, Place, places
 from pretrain.command_line import Parser, exit_status
 from pretrain.config.derived import vit_shape
@@ -75,8 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--val-share", type=float, default=0.2, help="of the training images, to choose on; default 0.2")
     add("--group-key", metavar="KEY", help="of the .json members, such as patient: never on both sides")
     add("--size", type=int, help="pixels of the images; default: those of the position grid")
-    add("--mean", type=float, nargs="+", default=list(MEAN), help="per channel, of pixel / 255")
-    add("--std", type=float, nargs="+", default=list(STD), help="likewise")
+    add_scaling(parser)
     add("--batch-size", type=int, default=64, help="images at once; default 64")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--num-heads", type=int, help="attention heads, where the weights do not tell")
@@ -85,7 +85,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def plan(options: argparse.Namespace, model: ModelConfig) -> Suite:
+def plan(options: argparse.Namespace, weights: Weights) -> Suite:
     """What the command line asks for.
 
     Raises:
@@ -104,11 +104,11 @@ def plan(options: argparse.Namespace, model: ModelConfig) -> Suite:
         LabelledSet("train", options.train, "--train"),
         _tests(options),
         ("transfer", "pretrain") if options.protocol == "both" else (options.protocol,),
-        _places(options, model),
+        _places(options, weights.model),
         options.pools,
         options.controls,
         method,
-        _preparation(options, model),
+        Preparation(image_size(weights, options.size), scaling_for(options, weights), options.seed),
         options.val_share,
         options.group_key,
         options.batch_size,
@@ -151,15 +151,6 @@ def _places(options: argparse.Namespace, model: ModelConfig) -> list[Place]:
     return found
 
 
-def _preparation(options: argparse.Namespace, model: ModelConfig) -> Preparation:
-    size, patch, channels = options.size or model.img_size, model.patch_size, model.in_channels
-    if size < patch or size % patch:
-        raise InputError(f"--size: {size} px is not a multiple of the patch size {patch}")
-    if len(options.mean) != channels or len(options.std) != channels:
-        raise InputError(f"--mean, --std: the model has {channels} channels; give {channels} numbers each")
-    return Preparation(size, options.mean, options.std, options.seed)
-
-
 def stage(what: str, total: int) -> Callable[[int], None]:
     """A progress bar for a part of the work."""
     task = bars.add_task(what, total=total)
@@ -168,7 +159,7 @@ def stage(what: str, total: int) -> Callable[[int], None]:
 
 def probe(options: argparse.Namespace, weights: Weights) -> int:
     """Compute features, fit probes, say where to probe."""
-    suite = plan(options, weights.model)
+    suite = plan(options, weights)
     wanted = asked(suite, fingerprint(weights.state))
     rows = Rows(suite.out / "rows.jsonl", wanted)
     features = compute_features(suite, weights, stage)

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Shown
 
-from pretrain.analysis.images import ImageSet
+from pretrain.analysis.images import ImageSet, image_size
+from pretrain.analysis.scaling import add_scaling, scaling_for
 from pretrain.command_line import Parser, exit_status
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights, read_weights
@@ -67,6 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", metavar="FILE.html", type=Path, help="a page with plots and pictures")
     parser.add_argument("--force", action="store_true", help="replace a report that is there")
     parser.add_argument("--size", type=int, help="pixels of the images; default: those of the position grid")
+    add_scaling(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num-heads", type=int, help="attention heads, where the weights do not tell")
     parser.add_argument("--branch", metavar="NAME", help="student or teacher, where there are both")
@@ -112,13 +114,7 @@ def check(options: argparse.Namespace) -> None:
 
 def image_set(options: argparse.Namespace, weights: Weights) -> ImageSet:
     """The images, at a size that the model can have."""
-    size, patch = options.size or weights.model.img_size, weights.model.patch_size
-    if size < patch or size % patch:
-        raise InputError(f"--size: {size} px is not a multiple of the patch size {patch}")
-    if weights.model.in_channels != 3:
-        channels = weights.model.in_channels
-        raise InputError(f"{weights.path}: has {channels} channels; only RGB is supported here")
-    return ImageSet(options.images, size)
+    return ImageSet(options.images, image_size(weights, options.size), scaling_for(options, weights))
 
 
 def stage(words: str, images: int) -> Callable[[int], None]:

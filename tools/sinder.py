@@ -28,8 +28,10 @@ from rich.progress import Progress, TaskID
 from rich.table import Table as Shown
 
 from pretrain.analysis.backbone import build_backbone, short_names
-from pretrain.analysis.images import ImageSet, images_for
+from pretrain.analysis.images import ImageSet, image_size
+from pretrain.analysis.marks import shown_pixels
 from pretrain.analysis.masks import read_masks
+from pretrain.analysis.scaling import scaling_for
 from pretrain.command_line import exit_status
 from pretrain.config.derived import vit_shape
 from pretrain.errors import InputError
@@ -61,6 +63,10 @@ def _read(options: argparse.Namespace, path: Path) -> Weights:
     return read_weights(path, options.branch, Settings(num_heads=options.num_heads))
 
 
+def _images(options: argparse.Namespace, weights: Weights) -> ImageSet:
+    return ImageSet(options.images, image_size(weights, options.size), scaling_for(options, weights))
+
+
 def _predict(weights: Weights, biases: bool = False) -> list[LayerDirection]:
     task = bars.add_task("predicting directions", total=vit_shape(weights.model).depth)
     return defect_directions(weights.state, weights.model, biases, lambda n: bars.advance(task, n))
@@ -78,7 +84,7 @@ def run_diagnose(options: argparse.Namespace) -> int:
     weights = _read(options, options.sources[0])
     pixels = None
     if options.images:
-        images = images_for(weights, options.images, options.size)
+        images = _images(options, weights)
         _, pixels = _chosen(images, images.drawn(options.seed, options.number))
     directions = _predict(weights, options.biases)
     backbone = build_backbone(weights, torch.device(options.device))
@@ -96,7 +102,7 @@ def run_diagnose(options: argparse.Namespace) -> int:
             shown, plain = pixels[:PICTURES], [layer.direction.float() for layer in directions]
             seen = look(backbone, shown, plain, options.batch_size)
             subject = Subject(subject.name, directions, found, seen)
-        _report(options, [subject], pixels, diagnosis_document(subject))
+        _report(options, [subject], pixels, weights, diagnosis_document(subject))
     return 0
 
 
@@ -105,17 +111,17 @@ def run_compare(options: argparse.Namespace) -> int:
     if bool(options.knn_train) != bool(options.knn_test):
         raise InputError("--knn-train and --knn-test: one is given without the other")
     files = [_read(options, path) for path in options.sources]
-    images = images_for(files[0], options.images, options.size)
+    images = _images(options, files[0])
     indices, pixels = _chosen(images, images.drawn(options.seed, options.number))
     masks = read_masks(options.masks, images, indices) if options.masks else None
-    labels = Labels(options.knn_train, options.knn_test, masks)
+    labels = Labels(options.knn_train, options.knn_test, masks, images.scaling)
     subjects = _compare(options, files, pixels, labels)
     if options.json:
         print(json.dumps(comparison_document(subjects), indent=1))
     else:
         _print_comparison(subjects)
     if options.report:
-        _report(options, subjects, pixels, comparison_document(subjects))
+        _report(options, subjects, pixels, files[0], comparison_document(subjects))
     return 0
 
 
@@ -132,13 +138,14 @@ def _report(
     options: argparse.Namespace,
     subjects: Sequence[Subject],
     pixels: torch.Tensor | None,
+    weights: Weights,
     figures: dict[str, Any],
 ) -> None:
     facts = {subject.name: str(path) for subject, path in zip(subjects, _files(options), strict=True)}
     if pixels is not None:
         facts["images"] = f"{len(pixels)} of {options.images}, {pixels.shape[-1]} px, seed {options.seed}"
     facts["command"] = " ".join(["sinder.py", *sys.argv[1:]])
-    shown = None if pixels is None else pixels[:PICTURES]
+    shown = None if pixels is None else shown_pixels(pixels[:PICTURES], scaling_for(options, weights))
     title = "Singular defects of " + ", ".join(subject.name for subject in subjects)
     write_report(options.report, Report(title, subjects, shown, facts), figures)
     print(f"sinder.py: wrote {options.report}", file=sys.stderr)
@@ -152,7 +159,7 @@ def _files(options: argparse.Namespace) -> list[Path]:
 def run_repair(options: argparse.Namespace) -> int:
     """Repair, and say what changed."""
     weights = _read(options, options.sources[0])
-    images, directions = images_for(weights, options.images, options.size), _predict(weights)
+    images, directions = _images(options, weights), _predict(weights)
     criterion = Criterion(least=options.least, limit_layers=options.limit_layers)
     settings = RepairSettings(
         criterion,
@@ -216,7 +223,7 @@ def run_registers(options: argparse.Namespace) -> int:
         options.min_patch_cosine,
         options.device,
     )
-    images, directions = images_for(weights, options.images, options.size), _predict(weights)
+    images, directions = _images(options, weights), _predict(weights)
     task = bars.add_task("finding neurons", total=options.number)
     found = registers_file(weights, directions, images, order, lambda n: bars.advance(task, n))
     for part in report_parts(options.out, options.hook, found):
@@ -232,7 +239,7 @@ def _report_change(options: argparse.Namespace, weights: Weights, images: ImageS
         return
     _, pixels = images.chosen(images.held_out(options.seed, options.held_out))
     subjects = _compare(options, [weights, _read(options, options.out)], pixels, None)
-    _report(options, subjects, pixels, comparison_document(subjects))
+    _report(options, subjects, pixels, weights, comparison_document(subjects))
 
 
 def _print(table: Table) -> None:

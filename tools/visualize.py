@@ -24,9 +24,10 @@ from torch import Tensor
 from pretrain.analysis import plots
 from pretrain.analysis.backbone import build_backbone, short_names
 from pretrain.analysis.gallery import Part, Wanted, gallery, outlier_shares
-from pretrain.analysis.images import images_for
+from pretrain.analysis.images import ImageSet, image_size
 from pretrain.analysis.marks import shown_pixels
 from pretrain.analysis.page import Page, check_page, write_figures
+from pretrain.analysis.scaling import add_scaling, scaling_for
 from pretrain.analysis.sheet import HEADS, stacked, table
 from pretrain.analysis.view import View, view
 from pretrain.command_line import Parser, exit_status
@@ -52,6 +53,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="FILE.png, FILE.html, or a folder for both")
     add("--number", type=int, help=f"images, the first of a seeded order; default {NUMBER}")
     add("--size", type=int, help="pixels of the images; default: those of the position grid")
+    add_scaling(parser)
     add("--block", type=int, default=-1, help="whose attention is shown, from 0; default: the last")
     add("--blocks", type=int, nargs="+", default=[], metavar="BLOCK", help="after which norms are shown")
     add("--heads", type=int, default=HEADS, help=f"of which attention is shown; default {HEADS}")
@@ -100,11 +102,12 @@ def see(options: argparse.Namespace, files: Sequence[Weights]) -> tuple[dict[str
     views: dict[str, View] = {}
     shown: Tensor | None = None
     for name, weights in zip(short_names(options.sources), files, strict=True):
-        images = images_for(weights, options.images, options.size)
+        scaling = scaling_for(options, weights)
+        images = ImageSet(options.images, image_size(weights, options.size), scaling)
         number = options.number or min(NUMBER, len(images))
         _, pixels = images.chosen(images.drawn(options.seed, number))
         if shown is None:
-            shown = shown_pixels(pixels)
+            shown = shown_pixels(pixels, scaling)
             for line in images.damaged:
                 print(f"visualize.py: left out: {line}", file=sys.stderr)
         task = bars.add_task(name, total=len(pixels))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.analysis.scaling import Scaling
 from pretrain.data.decode import decode
 from pretrain.data.inputs.listing import kind_of
 from pretrain.data.labelled import centre_crop, resize_shorter
@@ -18,7 +19,7 @@ from pretrain.errors import InputError
 from pretrain.export.weights import Weights
 from pretrain.seeding import stream_key
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB / 255: those of the released models
+RGB = Scaling()  # of the released models
 
 
 class Stored(NamedTuple):
@@ -32,22 +33,18 @@ class Stored(NamedTuple):
 class ImageSet:
     """The images of a folder (and its sub-folders) or of tar shards, by position."""
 
-    def __init__(
-        self, source: str, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
-    ) -> None:
+    def __init__(self, source: str, size: int, scaling: Scaling = RGB) -> None:
         """List them; nothing is decoded yet.
 
         Args:
             source: a folder of image files, or a pattern of shards as in `data.shards`.
             size: pixels of the shorter side, and of the square cut from the centre.
-            mean: per channel, of pixel / 255; their number is that of the channels.
-            std: likewise.
+            scaling: of the pixels; its channels are those of the images.
 
         Raises:
             InputError: there is no image.
         """
-        self.source, self.size = source, size
-        self.mean, self.std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.source, self.size, self.scaling = source, size, scaling
         self.files: list[Path] = []
         self.reader: Reader | None = None
         if Path(source).is_dir():
@@ -75,14 +72,13 @@ class ImageSet:
     def decoded(self, stored: Stored) -> Tensor | None:
         """(C, size, size) float32 normalised, or None for a damaged image, which is noted."""
         try:
-            pixels = decode(stored.content, channels=len(self.mean))
+            pixels = decode(stored.content, self.scaling.decoding, self.scaling.channels)
             square = centre_crop(resize_shorter(pixels, self.size), self.size)
         except (ValueError, OSError) as error:
             self.damaged.append(f"{stored.name}: {error}")
             return None
         # A copy: a resized picture that needed no cut is read-only.
-        image = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-        return (image - self.mean) / self.std
+        return self.scaling.normalised(torch.from_numpy(np.array(square)).permute(2, 0, 1))
 
     def stored(self, index: int) -> Stored:
         """The bytes of an image.
@@ -140,30 +136,15 @@ class ImageSet:
         return Permutation(len(self), stream_key(seed, "sinder", "images"))
 
 
-def images_for(weights: Weights, source: str, size: int | None = None) -> ImageSet:
-    """Images as a model takes them.
-
-    Args:
-        weights: of an RGB model.
-        source: as for `ImageSet`.
-        size: pixels; None = those of the position grid.
+def image_size(weights: Weights, size: int | None = None) -> int:
+    """Pixels of a model's images; None = those of the position grid.
 
     Raises:
-        InputError: the size is no multiple of the patch size, the model takes other channels than RGB, or
-            there is no image.
+        InputError: the size is no multiple of the patch size.
     """
-    return ImageSet(source, image_size(weights, size))
-
-
-def image_size(weights: Weights, size: int | None) -> int:
-    """Pixels of the images, checked; arguments and errors as for `images_for`."""
     pixels, patch = size or weights.model.img_size, weights.model.patch_size
     if pixels < patch or pixels % patch:
         raise InputError(f"--size: {pixels} px is not a multiple of the patch size {patch}")
-    if weights.model.in_channels != 3:
-        raise InputError(
-            f"{weights.path}: has {weights.model.in_channels} channels; only RGB is supported here"
-        )
     return pixels
 
 

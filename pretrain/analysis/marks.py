@@ -4,19 +4,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pretrain.analysis.images import MEAN, STD
+from pretrain.analysis.scaling import Scaling
 
 SHOWN = 224  # pixels of a picture of an image
 MARK = torch.tensor([1.0, 0.1, 0.1]).view(3, 1, 1)
 DIMMED = 0.7  # brightness of what is not marked
 
 
-def shown_pixels(images: Tensor) -> Tensor:
-    """(n, 3, S, S) normalised to (n, 3, s, s) from 0 to 1, s at most SHOWN."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
+def shown_pixels(images: Tensor, scaling: Scaling) -> Tensor:
+    """(n, C, S, S) normalised to RGB (n, 3, s, s) from 0 to 1, s at most SHOWN."""
     size = min(SHOWN, images.shape[-1])
-    shown = (images.float().cpu() * std + mean).clamp(0, 1)
-    return interpolate(shown, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
+    return interpolate(scaling.shown(images), size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
 
 def marked(image: Tensor, places: Tensor) -> Tensor:

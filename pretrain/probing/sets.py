@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from pretrain.analysis.corruptions import Corruption, corrupt
+from pretrain.analysis.scaling import Scaling
 from pretrain.analysis.taps import Place
 from pretrain.data.groups import sample_groups
 from pretrain.data.labelled import labelled_batches
@@ -22,8 +23,7 @@ class Preparation:
     """How images become inputs: shorter side and centre crop to `size`, then normalised."""
 
     size: int  # pixels
-    mean: Sequence[float]  # per channel, of pixel / 255
-    std: Sequence[float]
+    scaling: Scaling
     seed: int = 0  # of corruptions
 
 
@@ -43,10 +43,18 @@ class LabelledSet:
     def batches(self, preparation: Preparation, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(b, C, size, size) float32 and (b,) int64, in the order of the files."""
         change = partial(_corrupted, self.corruption, preparation.seed) if self.corruption else None
-        sizes, scaling = (preparation.size, preparation.size), (preparation.mean, preparation.std)
-        channels = len(preparation.mean)
+        size, scaling = preparation.size, preparation.scaling
         return labelled_batches(
-            self.patterns, self.setting, *sizes, *scaling, batch_size, channels, change=change
+            self.patterns,
+            self.setting,
+            size,
+            size,
+            scaling.mean,
+            scaling.std,
+            batch_size,
+            scaling.channels,
+            scaling.decoding,
+            change,
         )
 
     def groups(self, key: str) -> list[str]:

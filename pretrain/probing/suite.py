@@ -164,7 +164,7 @@ def facts(suite: Suite, source: Path) -> Iterator[tuple[str, str]]:
     for images in (suite.train, *suite.tests):
         yield images.name, " ".join(map(str, images.patterns))
     prepared = suite.preparation
-    yield "images", f"shorter side and centre crop {prepared.size} px, mean {list(prepared.mean)}"
+    yield "images", f"shorter side and centre crop {prepared.size} px, mean {list(prepared.scaling.mean)}"
     yield "probes", f"{suite.method.kind}, choices {list(suite.method.strengths)}, seed {suite.method.seed}"
     yield "preprocessing", "rows of length 1, then standardised by the fitted images"
     yield "validation", f"{100 * suite.val_share:g} % of the images that are not tested on"

@@ -45,8 +45,10 @@ class Calibration:
 
 def preprocessing(images: ImageSet) -> str:
     """How images become pixels, in words that two calibrations share if and only if they do it alike."""
-    mean, std = (", ".join(f"{value:g}" for value in v.flatten()) for v in (images.mean, images.std))
-    return f"shorter side {images.size} px, centre crop, mean {mean}, deviation {std}"
+    scaling = images.scaling
+    mean, std = (", ".join(f"{value:g}" for value in v) for v in (scaling.mean, scaling.std))
+    window = f", window {scaling.window[0]:g} to {scaling.window[1]:g}" if scaling.window else ""
+    return f"shorter side {images.size} px, centre crop, mean {mean}, deviation {std}{window}"
 
 
 @torch.no_grad()

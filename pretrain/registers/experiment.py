@@ -183,7 +183,7 @@ def _pictured(setting: _Setting) -> Pictured:
     """The first images, in one batch."""
     wanted = min(setting.order.pictures, len(setting.split.test))
     shown = next(samples.batches(setting.images, setting.split.test, wanted))
-    return pictured(setting.backbone, shown, setting.interventions)
+    return pictured(setting.backbone, shown, setting.interventions, setting.images.scaling)
 
 
 def _result(test: Looked, scores: dict[str, dict[str, Score]]) -> Result:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pretrain.analysis.features import knn_scores
-from pretrain.analysis.images import MEAN, STD
+from pretrain.analysis.images import RGB
+from pretrain.analysis.scaling import Scaling
 from pretrain.analysis.segmentation import SegmentationScores, linear_segmentation
 from pretrain.config.schema import KnnConfig
 from pretrain.data.labelled import labelled_batches
@@ -23,6 +24,7 @@ class Labels:
     knn_train: Sequence[str] = ()  # shards with classes
     knn_test: Sequence[str] = ()
     masks: Tensor | None = None  # (n, S, S) classes of the pixels of the compared images
+    scaling: Scaling = RGB  # of the images of the shards
 
 
 def knn(backbone: VisionTransformer, labels: Labels, batch_size: int) -> dict[str, float] | None:
@@ -42,7 +44,17 @@ def knn(backbone: VisionTransformer, labels: Labels, batch_size: int) -> dict[st
         return seen.cls, seen.patches
 
     train, test = (
-        labelled_batches(shards, f"--knn-{name}", max(KNN_RESIZE, crop), crop, MEAN, STD, batch_size)
+        labelled_batches(
+            shards,
+            f"--knn-{name}",
+            max(KNN_RESIZE, crop),
+            crop,
+            labels.scaling.mean,
+            labels.scaling.std,
+            batch_size,
+            labels.scaling.channels,
+            labels.scaling.decoding,
+        )
         for name, shards in (("train", cfg.train), ("test", cfg.test))
     )
     scores = knn_scores(features, train, test, cfg)

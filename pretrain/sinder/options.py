@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pretrain.analysis.page import check_page
+from pretrain.analysis.scaling import add_scaling
 from pretrain.command_line import Parser
 from pretrain.errors import InputError
 from pretrain.sinder.registers_file import RegistersOrder
@@ -46,6 +47,7 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--report", metavar="FILE.html", type=Path, help="a page with plots and pictures")
     verb.add_argument("--force", action="store_true", help="replace files that are there")
     verb.add_argument("--size", type=int, help="pixels of the images; default: those of the position grid")
+    add_scaling(verb)
     verb.add_argument("--batch-size", type=int, default=8, help="images at once; default 8")
     verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     verb.add_argument("--num-heads", type=int, help="attention heads, where the weights do not tell")

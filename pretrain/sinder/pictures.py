@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pretrain.analysis import plots
 from pretrain.analysis.maps import PatchPca
-from pretrain.analysis.marks import marked, shown_pixels
+from pretrain.analysis.marks import marked
 from pretrain.analysis.page import Picture
 from pretrain.sinder.comparison import Subject
 from pretrain.sinder.diagnosis import worst_layer
@@ -28,27 +28,27 @@ def telling_blocks(subject: Subject) -> list[int]:
     return sorted({last // 2, worst, last} if first is None else {max(first - 1, 0), first, worst, last})
 
 
-def picture_table(subjects: Sequence[Subject], images: Tensor) -> tuple[list[str], list[list[Picture]]]:
+def picture_table(subjects: Sequence[Subject], pixels: Tensor) -> tuple[list[str], list[list[Picture]]]:
     """Titles of columns, and a row of pictures for each image.
 
     Args:
-        subjects: with their looks, of which `images` are the first; the first subject's thresholds count.
-        images: (n, 3, S, S) normalised.
+        subjects: with their looks, of which `pixels` show the first; the first subject's thresholds count.
+        pixels: (n, 3, s, s) from 0 to 1.
     """
     looks = [subject.seen for subject in subjects if subject.seen is not None]
-    basis = PatchPca.fit(torch.cat([seen.patches[: len(images)].flatten(1, 2) for seen in looks]))
-    original, worst, pixels = Original(looks[0]), worst_block(subjects[0]), shown_pixels(images)
+    basis = PatchPca.fit(torch.cat([seen.patches[: len(pixels)].flatten(1, 2) for seen in looks]))
+    original, worst = Original(looks[0]), worst_block(subjects[0])
     blocks = telling_blocks(subjects[0]) if len(subjects) == 1 else [worst]
     defective = [original.by_both(seen)[:, worst] for seen in looks]
     columns: dict[str, Iterable[Tensor]] = {"image": pixels}
     names = [f"{subject.name}: " if len(subjects) > 1 else "" for subject in subjects]
     for block in blocks:
         for name, seen in zip(names, looks, strict=True):
-            columns[f"{name}norm after block {block}"] = _norms(looks, seen, block, len(images))
+            columns[f"{name}norm after block {block}"] = _norms(looks, seen, block, len(pixels))
     for name, marks in zip(names, defective, strict=True):
         columns[f"{name}marked"] = map(marked, pixels, marks)
     for name, seen in zip(names, looks, strict=True):
-        columns[f"{name}PCA"] = _pca(basis, seen, len(images))
+        columns[f"{name}PCA"] = _pca(basis, seen, len(pixels))
     cells = [
         [(plots.png(drawn), f"{title}, image {i}") for i, drawn in enumerate(column)]
         for title, column in columns.items()

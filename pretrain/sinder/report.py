@@ -47,7 +47,7 @@ class Report:
 
     title: str
     subjects: Sequence[Subject]
-    images: Tensor | None  # (n, 3, S, S) normalised, to be shown: the first ones of the subjects' looks
+    images: Tensor | None  # (n, 3, s, s) from 0 to 1, to be shown: the first ones of the subjects' looks
     facts: Mapping[str, str]  # of the protocol
 
 

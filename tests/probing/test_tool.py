@@ -241,7 +241,7 @@ def test_wrong_input_is_one_line(data, probe, tmp_path):
         ((*base, "--size", 20), "not a multiple of the patch size 8"),
         ((*base, "--C", 0), "above 0"),
         ((*base, "--group-key", "hospital"), "has no 'hospital' in a .json member"),
-        ((tmp_path / "grey.safetensors", *base[1:]), "the model has 1 channels"),
+        ((tmp_path / "grey.safetensors", *base[1:]), "takes 1 channels"),
         ((tmp_path / "missing.pth", *base[1:]), "missing.pth"),
     ):
         status, _, err = probe(*arguments)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pretrain.analysis.images import MEAN, STD
+from pretrain.analysis.images import RGB
 from pretrain.config.schema import ModelConfig
 from pretrain.models.init import init_weights
 from pretrain.models.packing import Layout
@@ -101,8 +101,7 @@ def plant(backbone: VisionTransformer, share: float = 0.015, gain: float = 6.0) 
 def write_images(folder: Path, number: int) -> Path:
     """Image files of such noise, as a model sees it after normalisation."""
     folder.mkdir(parents=True)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (MEAN, STD))
     for index, image in enumerate(noise(number, seed=7)):
-        pixels = ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        pixels = (RGB.shown(image) * 255).round().byte().permute(1, 2, 0)
         Image.fromarray(pixels.numpy()).save(folder / f"{index:04d}.png")
     return folder
