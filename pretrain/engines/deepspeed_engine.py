@@ -14,7 +14,6 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
@@ -24,7 +23,6 @@ from pretrain.distributed import world_size
 from pretrain.engines.base import StepResult
 from pretrain.engines.deepspeed_checkpoint import load_optimizer, save_optimizer
 from pretrain.engines.deepspeed_config import deepspeed_settings, teacher_settings
-from pretrain.engines.deepspeed_environment import BuildLock, extensions_folder
 from pretrain.engines.guard import StepGuard
 from pretrain.engines.zero import (
     Gradients,
@@ -40,15 +38,18 @@ from pretrain.models.vit import Features, VisionTransformer
 from pretrain.optim.groups import set_step_values
 from pretrain.optim.schedules import StepValues
 
+SHARED_MEMORY = "deepspeed_shm_comm"  # its name of the extension for CPUs
+
 
 def start_communication() -> None:
-    """Let DeepSpeed use the process group that is running; compiles its extension for CPUs when it must."""
+    """Let DeepSpeed use the process group that is running, and compile nothing.
+
+    For CPUs it would build an extension at the first start: a minute, a compiler, and a lock for which later
+    runs wait without an end if the build is killed. Only its tensor-parallel inference calls it.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports every step that we let it skip
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is not None and __compatible_ops__.get(builder.NAME, False):
-        with BuildLock(extensions_folder()):
-            builder.load()
+    __compatible_ops__[SHARED_MEMORY] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 

@@ -23,7 +23,7 @@ def build_deepspeed(
     """The DeepSpeed engine, in a process group that is there or, for one process, is made here.
 
     Raises:
-        InputError: DeepSpeed is not installed, or its extension cannot be built.
+        InputError: DeepSpeed is not installed.
     """
     prepare_environment(device)
     try:

@@ -47,6 +47,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.drill
 def test_a_killed_rank_starts_again(undisturbed: Path, shards: Path, tmp_path: Path) -> None:
     shell, run = Shell(None, tmp_path), tmp_path / "run"
     with start(shell, write_config(tmp_path, shards), *TWO) as launcher:

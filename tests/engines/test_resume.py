@@ -61,6 +61,7 @@ def test_one_curve(whole: dict[str, Path], layout: str) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.drill
 def test_deepspeed_on_as_many_ranks_and_on_one(
     shards: Path, whole: dict[str, Path], zero3: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def test_an_exception_is_shown_and_the_job_goes_on(
     assert_same_end(run, reference)
 
 
+@pytest.mark.drill
 def test_the_same_failure_twice_ends_the_job(cluster: VirtualCluster, shards: Path, tmp_path: Path) -> None:
     run, fault = tmp_path / "run", write_fault(tmp_path / "fault", 0, 1, 2, 3)
     shell = Shell(cluster, tmp_path)
