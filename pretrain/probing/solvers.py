@@ -237,12 +237,12 @@ def _check_sklearn(place: Features, classes: int, solver: Solver) -> None:
 
 def _classes(labels: Ints) -> tuple[Ints, Ints]:
     """The classes, ascending, and the place of each label among them."""
-    classes, targets = np.unique(labels, return_inverse=True)
+    classes = np.unique(labels)
     if len(classes) < 2:
         raise InputError(
             f"labels: the {len(labels)} training images show one class; a probe needs two or more"
         )
-    return classes.astype(np.int64), targets.astype(np.int64)
+    return classes.astype(np.int64), np.searchsorted(classes, labels)
 
 
 def _ascending(strengths: Sequence[float]) -> list[float]:
