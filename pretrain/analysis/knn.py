@@ -90,11 +90,8 @@ def knn_predict_streamed(
 
 def _nearest(queries: Tensor, blocks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Similarities and numbers (q, k) of the rows most similar to each query, the most similar first."""
-    best, index, first = (
-        queries.new_empty(len(queries), 0),
-        torch.empty(len(queries), 0, dtype=torch.int64),
-        0,
-    )
+    best, first = queries.new_empty(len(queries), 0), 0
+    index = torch.empty(len(queries), 0, dtype=torch.int64)
     for block in blocks:
         for part in F.normalize(block.float(), dim=1).split(max(1, CHUNK // len(queries))):
             near, rows = (queries @ part.T).topk(min(k, len(part)), dim=1)

@@ -206,10 +206,8 @@ class _Descent:
 
     def _metric(self, index: int, strength: float) -> Tensor:
         """The inverse of the Cholesky factor of M (D, D): M^-1 = it^T it, which rounding keeps positive."""
-        weights, whole = (
-            self.weights[index],
-            self.metric.new_zeros(self.metric.shape[1:], dtype=torch.float64),
-        )
+        weights = self.weights[index]
+        whole = weights.new_zeros(self.metric.shape[1:], dtype=torch.float64)
         for rows, _ in self.chunks:
             features = rows[index]
             probabilities = (features @ weights.T).softmax(dim=1)

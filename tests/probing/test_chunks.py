@@ -13,7 +13,7 @@ from pretrain.probing import chunks, preprocessing
 from pretrain.probing.linear import LinearProbe, accuracies
 from pretrain.probing.preprocessing import Features, Ints, from_array
 from pretrain.probing.ridge import sum_up
-from pretrain.probing.solvers import Solver, fit_probes, streamed_rows
+from pretrain.probing.solvers import Solver, fit_probes, needed_memory, streamed_rows
 from tests.probing.problems import problem
 
 EXACT = Solver(dtype=torch.float64, gap=1e-13)
@@ -56,6 +56,13 @@ def test_probes_solved_at_once_sum_over_chunks_too(monkeypatch: pytest.MonkeyPat
         for mine, other in zip(whole[index], parts[index], strict=True):
             assert np.allclose(mine.weights, other.weights, atol=1e-5)
             assert mine.objective == pytest.approx(other.objective, rel=1e-11)
+
+
+@pytest.mark.parametrize("width", [768, 3072, 6144])  # 6144: FC1 of ViT-B, class token beside mean patch
+def test_a_vit_b_of_imagenet_fits_the_budget_in_chunks(width: int) -> None:
+    place = from_array(np.broadcast_to(np.float32(0), (1_281_167, width)))
+    assert sum(needed_memory(place, 1000, Solver())) > Solver().budget
+    assert streamed_rows(place, 1000, Solver()) > 500
 
 
 def test_a_disk_without_room_is_one_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
