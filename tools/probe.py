@@ -96,9 +96,8 @@ def plan(options: argparse.Namespace, weights: Weights) -> Suite:
     if not 0 < options.val_share < 1:
         raise InputError(f"--val-share: {options.val_share:g} must be between 0 and 1")
     kind, choices = options.solver, NEIGHBOURS if options.solver == "knn" else options.C
-    method = Method(
-        kind, choices, Solver("torch" if kind == "knn" else kind, device=options.device), options.seed
-    )
+    solver = Solver("torch" if kind == "knn" else kind, device=options.device, folder=options.out)
+    method = Method(kind, choices, solver, options.seed)
     return Suite(
         options.out,
         LabelledSet("train", options.train, "--train"),

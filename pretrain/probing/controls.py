@@ -11,7 +11,7 @@ from scipy.linalg import eigh
 from scipy.special import ndtr
 
 from pretrain.errors import InputError
-from pretrain.probing.preprocessing import Features, Floats
+from pretrain.probing.preprocessing import Features, Floats, column_sums
 from pretrain.seeding import numpy_stream
 
 
@@ -66,7 +66,7 @@ def fit_pca(train: Features, reduced: int) -> Projection:
         raise InputError(
             f"{train.name}: {number} images give {number - 1} components, not {reduced}; give more"
         )
-    mean = np.sum([block.sum(axis=0) for _, block in train.blocks()], axis=0) / number
+    mean = column_sums(train) / number
     covariance = np.zeros((dim, dim))
     for _, block in train.blocks():
         covariance += (block - mean).T @ (block - mean)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pretrain.analysis.knn import knn_predict
+from pretrain.analysis.knn import knn_predict_streamed
 from pretrain.analysis.taps import Place, Point
 from pretrain.analysis.uncertainty import bootstrap
 from pretrain.config.derived import ffn_hidden_dim, vit_shape
@@ -21,6 +23,7 @@ from pretrain.probing.store import FeatureSet, Pool
 
 WIDE: tuple[Point, ...] = ("FC1", "Act")  # wider than the model: compared at its width too
 NEIGHBOURS = (10, 20, 100)  # values of k
+QUERIES = 8192  # of k-NN at once, for each of which all training rows are read
 
 
 class Spec(NamedTuple):
@@ -160,18 +163,24 @@ def _linear(task: Task, probes: Sequence[LinearProbe], val: Features, tests: Seq
 
 def _neighbours(task: Task, fit: Features, val: Features, tests: Sequence[Features]) -> _Outcome:
     """k by validation accuracy; of equal ones the smallest."""
-    train, labels = torch.from_numpy(fit.read()).float(), torch.from_numpy(task.fit.labels)
+    labels = torch.from_numpy(task.fit.labels)
 
-    def right(features: Features, part: Part, k: int) -> Floats:
-        found = knn_predict(train, labels, torch.from_numpy(features.read()).float(), k)
+    def right(features: Features, part: Part, counts: Sequence[int]) -> Floats:
+        queries = map(torch.from_numpy, features.batches(QUERIES))
+        found = knn_predict_streamed(partial(_tensors, fit), labels, queries, counts)
         return (found.numpy() == part.labels).astype(np.float64)
 
     counts = [k for k in NEIGHBOURS if k <= len(labels)] or [1]
-    scores = {k: 100 * float(right(val, task.val, k).mean()) for k in counts}
+    means = right(val, task.val, counts).mean(axis=1)
+    scores = {k: 100 * float(mean) for k, mean in zip(counts, means, strict=True)}
     best = min(counts, key=lambda k: (-scores[k], k))
-    found = [right(f, part, best) for f, part in zip(tests, task.tests.values(), strict=True)]
+    found = [right(f, part, [best])[0] for f, part in zip(tests, task.tests.values(), strict=True)]
     by_choice = {f"{k}": score for k, score in scores.items()}
     return _Outcome(val.shape[1], best, by_choice, found, 0, True)
+
+
+def _tensors(features: Features) -> Iterator[Tensor]:
+    return (torch.from_numpy(block).float() for _, block in features.blocks())
 
 
 def _row(task: Task, spec: Spec, method: Method, outcome: _Outcome) -> Row:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.probing.chunks import Resident, Streamed
 from pretrain.probing.history import History, dot, moved
 
 DECREASE = 1e-4  # share of the predicted decrease that a step must bring (Armijo)
 NOISE = 10  # rounding errors by which the objective may seem to rise
 STATE: tuple[str, ...] = (
-    "features",
     "weights",
     "metric",
     "strength",
@@ -41,8 +41,7 @@ class Solution(NamedTuple):
 
 
 def solve(
-    features: Tensor,
-    labels: Tensor,
+    chunks: Resident | Streamed,
     classes: int,
     strengths: Sequence[float],
     tolerance: float,
@@ -55,8 +54,7 @@ def solve(
     scikit-learn solves with one column of weights.
 
     Args:
-        features: (P, n, D) fp32 or fp64, the last channel ones; its content is overwritten.
-        labels: (n,) int64 below K.
+        chunks: features (P, b, D) of all n images, their content is overwritten, and labels (b,) below K.
         classes: K, at least 2.
         strengths: C, best ascending.
         tolerance: estimated distance to the minimum, over the objective.
@@ -65,18 +63,24 @@ def solve(
     Returns:
         For each probe its solutions, in the order of the strengths.
     """
-    descent = _Descent(features, labels, classes, strengths, tolerance, max_iterations)
+    descent = _Descent(chunks, classes, strengths, tolerance, max_iterations)
     while descent.probes:
         descent.step()
     return descent.solutions
 
 
-def memory(number: int, channels: int, classes: int, itemsize: int) -> tuple[int, int]:
-    """Bytes that `solve` holds for each probe, and once however many there are; D counts the ones."""
+def memory(rows: int, channels: int, classes: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that `solve` takes beside features: for each probe, and once however many there are.
+
+    Args:
+        rows: of a chunk.
+        channels: D, with the ones.
+        classes: K.
+        itemsize: bytes of a number.
+    """
     weights = channels * classes
-    probe = number * channels + 4 * number * classes + channels**2 + (2 * History.SIZE + 20) * weights
-    once = itemsize * number * channels + 8 * 4 * channels**2
-    return itemsize * probe, once
+    probe = 4 * rows * classes + channels**2 + (2 * History.SIZE + 20) * weights
+    return itemsize * probe, itemsize * rows * channels + 3 * 8 * channels**2
 
 
 class _Descent:
@@ -84,24 +88,23 @@ class _Descent:
 
     def __init__(
         self,
-        features: Tensor,
-        labels: Tensor,
+        chunks: Resident | Streamed,
         classes: int,
         strengths: Sequence[float],
         tolerance: float,
         max_iterations: int,
     ) -> None:
-        self.features, self.labels, self.classes = features, labels, classes
+        self.chunks, self.classes = chunks, classes
         self.strengths, self.tolerance, self.max_iterations = strengths, tolerance, max_iterations
-        number, _, channels = features.shape
+        number, channels = chunks.probes, chunks.channels
         self.solutions: list[list[Solution]] = [[] for _ in range(number)]
         self.probes = list(range(number))  # which ones they are
-        self.penalty = features.new_full((channels,), 2.0 if classes == 2 else 1.0)
+        self.weights = torch.zeros(number, classes, channels, dtype=chunks.dtype, device=chunks.device)
+        self.penalty = self.weights.new_full((channels,), 2.0 if classes == 2 else 1.0)
         self.penalty[-1] = 0
-        self.weights = features.new_zeros(number, classes, channels)
         self.history = History(self.weights)
-        self.metric = features.new_empty(number, channels, channels)  # inverse of the Cholesky factor of M
-        self.strength = torch.full((number,), strengths[0], dtype=torch.float64, device=features.device)
+        self.metric = self.weights.new_empty(number, channels, channels)  # inverse Cholesky factor of M
+        self.strength = torch.full((number,), strengths[0], dtype=torch.float64, device=chunks.device)
         self.loss, self.loss_gradient = self._loss(self.weights)
         self.value, self.gradient = self._objective(self.weights, self.loss, self.loss_gradient)
         self.length = torch.ones_like(self.value)
@@ -132,11 +135,15 @@ class _Descent:
 
     def _loss(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of losses (P,) in fp64, and their gradients (P, K, D)."""
-        log = torch.bmm(self.features, weights.transpose(1, 2)).log_softmax(dim=2)
-        labels = self.labels.view(1, -1, 1).expand(len(log), -1, 1)
-        loss = -log.gather(2, labels).sum(dim=(1, 2), dtype=torch.float64)
-        errors = log.exp_().scatter_add_(2, labels, -log.new_ones(labels.shape))
-        return loss, torch.bmm(errors.transpose(1, 2), self.features)
+        loss = torch.zeros(len(weights), dtype=torch.float64, device=weights.device)
+        gradient = torch.zeros_like(weights)
+        for features, targets in self.chunks:
+            log = torch.bmm(features, weights.transpose(1, 2)).log_softmax(dim=2)
+            labels = targets.view(1, -1, 1).expand(len(log), -1, 1)
+            loss -= log.gather(2, labels).sum(dim=(1, 2), dtype=torch.float64)
+            errors = log.exp_().scatter_add_(2, labels, -log.new_ones(labels.shape))
+            gradient.baddbmm_(errors.transpose(1, 2), features)
+        return loss, gradient
 
     def _objective(self, weights: Tensor, loss: Tensor, loss_gradient: Tensor) -> tuple[Tensor, Tensor]:
         pull = self.penalty * weights
@@ -195,23 +202,28 @@ class _Descent:
         self.gradient[index] = strength * self.loss_gradient[index] + pull
         self.iterations[one], self.waited[one], self.best[one], self.length[one] = 0, 0, torch.inf, 1
         self.history.clear(index)
-        self.metric[index] = self._metric(self.features[index], self.weights[index], strength)
+        self.metric[index] = self._metric(index, strength)
 
-    def _metric(self, features: Tensor, weights: Tensor, strength: float) -> Tensor:
+    def _metric(self, index: int, strength: float) -> Tensor:
         """The inverse of the Cholesky factor of M (D, D): M^-1 = it^T it, which rounding keeps positive."""
-        probabilities = (features @ weights.T).softmax(dim=1)
-        curvature = (1 - probabilities.square().sum(dim=1, keepdim=True)) / (self.classes - 1)
-        whole = (strength * ((features * curvature).T @ features)).double()
+        weights = self.weights[index]
+        whole = weights.new_zeros(self.metric.shape[1:], dtype=torch.float64)
+        for rows, _ in self.chunks:
+            features = rows[index]
+            probabilities = (features @ weights.T).softmax(dim=1)
+            curvature = (1 - probabilities.square().sum(dim=1, keepdim=True)) / (self.classes - 1)
+            whole += strength * ((features * curvature).T @ features)
         diagonal = whole.diagonal()
         diagonal += self.penalty
-        extra = torch.finfo(features.dtype).eps * whole.trace()
+        extra = torch.finfo(weights.dtype).eps * whole.trace()
         factor, failed = torch.linalg.cholesky_ex(whole)
         while failed:  # the smallest eigenvalues are below the rounding of the sums
             diagonal += extra
             extra = 10 * extra
             factor, failed = torch.linalg.cholesky_ex(whole)
-        identity = torch.eye(len(whole), dtype=whole.dtype, device=whole.device)
-        return torch.linalg.solve_triangular(factor, identity, upper=False).to(features.dtype)
+        torch.eye(len(whole), out=whole)  # in place: of wide features there is no room for others
+        torch.linalg.solve_triangular(factor, whole, upper=False, out=whole)
+        return whole.to(weights.dtype)
 
     def _drop(self, done: Sequence[int]) -> None:
         """Take probes out of the batch; the last ones move to their places."""
@@ -223,4 +235,5 @@ class _Descent:
         del self.probes[number:]
         for name in STATE:
             setattr(self, name, moved(getattr(self, name), moves, number))
+        self.chunks.drop(moves, number)
         self.history.move(moves, number)

@@ -67,7 +67,20 @@ class Features:
 
     def read(self) -> Floats:
         """All rows (n, d) float64."""
-        return np.concatenate([block for _, block in self.blocks()])
+        found = np.empty(self.shape)
+        for start, block in self.blocks():
+            found[start : start + len(block)] = block
+        return found
+
+    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
+        """Consecutive rows (b, d) in fp32, `size` of them at a time."""
+        number, dim = self.shape
+        rows = np.arange(number) if self.rows is None else self.rows
+        for first in range(0, number, size):
+            batch = np.empty((min(size, number - first), dim), np.float32)
+            for start, block in self.take(rows[first : first + size]).blocks():
+                batch[start : start + len(block)] = block
+            yield batch
 
 
 def from_array(array: Array, name: str = "features", rows: Ints | None = None) -> Features:
@@ -106,8 +119,8 @@ def fit_preprocessing(train: Features, unit_length: bool = True) -> Preprocessin
     """
     prepared = train.then(unit_rows) if unit_length else train
     number = prepared.shape[0]
-    mean = _sums(prepared, lambda block: block) / number
-    variance = _sums(prepared, lambda block: (block - mean) ** 2) / number
+    mean = column_sums(prepared) / number
+    variance = column_sums(prepared.then(lambda block: (block - mean) ** 2)) / number
     eps = np.finfo(np.float64).eps  # a channel as even as rounding allows is constant (scikit-learn's bound)
     constant = variance <= number * eps * variance + (number * mean * eps) ** 2
     return Preprocessing(mean, np.where(constant, 1.0, np.sqrt(variance)), unit_length)
@@ -119,6 +132,9 @@ def prepare(train: Features, *others: Features, unit_length: bool = True) -> lis
     return [features.then(fitted.apply) for features in (train, *others)]
 
 
-def _sums(features: Features, change: Step) -> Floats:
-    """Of changed rows, (d,)."""
-    return np.sum([change(block).sum(axis=0) for _, block in features.blocks()], axis=0)
+def column_sums(features: Features) -> Floats:
+    """Of all rows, (d,)."""
+    found = np.zeros(features.shape[1])
+    for _, block in features.blocks():
+        found += block.sum(axis=0)
+    return found

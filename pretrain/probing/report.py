@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pretrain.analysis import plots
 from pretrain.analysis.page import Page
+from pretrain.probing.distances import IMAGES
 from pretrain.probing.rows import Row, best
 from pretrain.probing.summary import (
     Table,
@@ -55,7 +56,8 @@ def report_page(title: str, rows: Sequence[Row], shifts: Table | None, facts: Ma
         text = (
             "Of the output of the last block against the images that probes are fitted on: proxy A-distance "
             "(0: a linear map cannot tell the sets apart, 2: it always can), Frechet distance, squared "
-            "distance of the means (linear MMD), and the points of k-NN accuracy that the shift costs."
+            "distance of the means (linear MMD), and the points of k-NN accuracy that the shift costs. "
+            f"Of each set {IMAGES:,} images are drawn where there are more."
         )
         page.section("How far the sets are shifted", text)
         page.table(*shifts)

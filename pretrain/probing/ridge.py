@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain.probing.linear import LinearProbe
-from pretrain.probing.preprocessing import Floats, Ints
+from pretrain.probing.preprocessing import Features, Floats, Ints, column_sums
 
 RANK = 1e-12  # of the largest eigenvalue: below it is rounding
 
@@ -26,40 +26,68 @@ class Spectrum:
     rotated: Floats  # (n, r) X V
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums over images: all that a ridge classifier depends on."""
+
+    mean: Floats  # (d,) of the features
+    share: Floats  # (K,) of the images that are of a class: the mean of Y
+    gram: Floats  # (d, d) X^T X
+    cross: Floats  # (d, K) X^T Y
+    squares: float  # |Y|^2
+
+
 def decompose(features: Floats) -> Spectrum:
     """One symmetric eigendecomposition, of X^T X or of X X^T, whichever is smaller; features (n, d)."""
     mean = features.mean(axis=0)
     centred = features - mean
     wide = len(centred) < centred.shape[1]
-    values, vectors = np.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
-    kept = values > RANK * max(values[-1], np.finfo(np.float64).tiny)
-    values, vectors = values[kept], vectors[:, kept]
+    values, vectors = _eigen(centred @ centred.T if wide else centred.T @ centred)
     axes = centred.T @ vectors / np.sqrt(values) if wide else vectors
     return Spectrum(mean, axes, values, centred @ axes)
 
 
+def sum_up(features: Features, targets: Ints, classes: int) -> Moments:
+    """Moments of features (n, d), read in blocks, and of one-hot targets of K = `classes`."""
+    number, dim = features.shape
+    mean, share = column_sums(features) / number, np.bincount(targets, minlength=classes) / number
+    identity = np.eye(classes)
+    gram, cross, squares = np.zeros((dim, dim)), np.zeros((dim, classes)), 0.0
+    for start, block in features.blocks():
+        centred = block - mean
+        one_hot = identity[targets[start : start + len(block)]] - share
+        gram += centred.T @ centred
+        cross += centred.T @ one_hot
+        squares += float((one_hot**2).sum())
+    return Moments(mean, share, gram, cross, squares)
+
+
 def fit_ridge(
-    features: Floats, targets: Ints, classes: Ints, strengths: Sequence[float]
+    features: Features, targets: Ints, classes: Ints, strengths: Sequence[float]
 ) -> list[LinearProbe]:
     """Ridge classifiers, a probe per C.
 
     Args:
-        features: (n, d).
+        features: (n, d); held in memory are d x d sums, not n rows.
         targets: (n,) places of the labels among the classes.
         classes: (K,) ascending.
         strengths: values of C.
     """
-    spectrum, one_hot = decompose(features), np.eye(len(classes))[targets]
-    share = one_hot.mean(axis=0)
-    moments = spectrum.rotated.T @ (one_hot - share)  # (r, K)
+    sums, number = sum_up(features, targets, len(classes)), features.shape[0]
+    if number < features.shape[1]:  # X X^T is the smaller one, and n rows are less than d x d
+        spectrum = decompose(features.read())
+        values, axes = spectrum.values, spectrum.axes
+    else:
+        values, axes = _eigen(sums.gram)
+    rotated = axes.T @ sums.cross  # (r, K)
     probes = []
     for strength in strengths:
-        inner = moments / (spectrum.values + _alpha(strength))[:, None]
-        weights = spectrum.axes @ inner
-        errors = one_hot - share - spectrum.rotated @ inner
-        objective = float(strength * (errors**2).sum() + 0.5 * (weights**2).sum())
-        slope = (weights / strength - 2 * spectrum.axes @ (spectrum.rotated.T @ errors)) / len(features)
-        gradient, intercepts = float(np.abs(slope).max()), share - spectrum.mean @ weights
+        inner = rotated / (values + _alpha(strength))[:, None]
+        weights = axes @ inner
+        errors = sums.squares + float((inner * (values[:, None] * inner - 2 * rotated)).sum())
+        objective = float(strength * errors + 0.5 * (weights**2).sum())
+        slope = (weights / strength - 2 * (sums.cross - sums.gram @ weights)) / number
+        gradient, intercepts = float(np.abs(slope).max()), sums.share - sums.mean @ weights
         probes.append(
             LinearProbe(float(strength), classes, weights, intercepts, objective, gradient, 1, True)
         )
@@ -93,6 +121,13 @@ def best_by_leave_one_out(features: Floats, targets: Ints, strengths: Sequence[f
     ordered = sorted(strengths)
     right = 100 * (leave_one_out(features, targets, ordered) == targets).mean(axis=1)
     return float(ordered[int(right.argmax())]), float(right.max())
+
+
+def _eigen(matrix: Floats) -> tuple[Floats, Floats]:
+    """Eigenvalues (r,) and eigenvectors (m, r) of a symmetric (m, m), without those that are rounding."""
+    values, vectors = np.linalg.eigh(matrix)
+    kept = values > RANK * max(values[-1], np.finfo(np.float64).tiny)
+    return values[kept], vectors[:, kept]
 
 
 def _alpha(strength: float) -> float:

@@ -97,12 +97,12 @@ def _grouped(targets: Ints, share: float, seed: int, groups: Sequence[Hashable])
         raise InputError(f"{len(groups)} groups for {len(targets)} labels; give each image one of both")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
     members = np.array([numbers[name] for name in groups])
-    counts = np.zeros((len(numbers), int(targets.max()) + 1), np.int64)
-    np.add.at(counts, (members, targets), 1)
-    total = counts.sum(axis=0)
+    order, ends = np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))
+    total = np.bincount(targets)
     taken, inside = np.zeros_like(total), np.zeros(len(numbers), bool)
     for group in numpy_stream(seed, "probe-split").permutation(len(numbers)):
-        after = taken + counts[group]
+        own = order[ends[group - 1] if group else 0 : ends[group]]
+        after = taken + np.bincount(targets[own], minlength=len(total))
         nearer = ((after - share * total) ** 2).sum() < ((taken - share * total) ** 2).sum()
         if nearer and (after < total).all():
             taken, inside[group] = after, True

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,11 +14,13 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from pretrain.errors import InputError
+from pretrain.probing.chunks import chunk_rows, resident, streamed
 from pretrain.probing.linear import LinearProbe
 from pretrain.probing.logistic import Solution, memory, solve
 from pretrain.probing.preprocessing import BLOCK, Features, Floats, Ints
 from pretrain.probing.ridge import fit_ridge
 
+LEAST = 64  # rows of a chunk: with fewer, a sum takes too long
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # values of C; the paper has 1 alone
 
 
@@ -35,7 +38,8 @@ class Solver:
     gradient: float = 1e-4  # sklearn: its `tol`, largest entry of the gradient of the mean loss
     device: str = "cpu"  # of torch
     dtype: torch.dtype = torch.float32  # of torch; fp64 changes accuracies by less than an image
-    budget: int = 2 * 2**30  # bytes that the probes solved at once may take
+    budget: int = 2 * 2**30  # bytes that the probes solved at once may take; rows of one that has more stream
+    folder: Path | None = None  # of temporary files, on a disk; None: the system's
 
 
 def fit_probes(
@@ -58,7 +62,7 @@ def fit_probes(
 
     Raises:
         InputError: images without label, a single class, a C of 0 or less, features that are not finite, or
-            one probe alone takes more than the budget.
+            the budget has no room for one probe (`sklearn`: with all images).
     """
     classes, targets = _classes(labels)
     ascending = _ascending(strengths)
@@ -83,20 +87,23 @@ def _fit(
         case "sklearn":
             return [_by_sklearn(place.read(), targets, classes, strengths, solver) for place in features]
         case "ridge":
-            return [fit_ridge(place.read(), targets, classes, strengths) for place in features]
+            return [fit_ridge(place, targets, classes, strengths) for place in features]
 
 
 def _by_torch(
     features: Sequence[Features], targets: Ints, classes: Ints, strengths: Sequence[float], solver: Solver
 ) -> list[list[LinearProbe]]:
     number, dim = features[0].shape
-    batch = torch.empty(len(features), number, dim + 1, dtype=solver.dtype, device=solver.device)
-    batch[:, :, -1] = 1
-    for place, rows in zip(features, batch, strict=True):
-        for start, block in place.blocks():
-            rows[start : start + len(block), :-1] = torch.from_numpy(block)
     labels = torch.from_numpy(targets).to(solver.device)
-    paths = solve(batch, labels, len(classes), strengths, solver.gap, solver.max_iterations)
+    limits = len(classes), strengths, solver.gap, solver.max_iterations
+    probe, once = needed_memory(features[0], len(classes), solver)
+    if once + len(features) * probe <= solver.budget:
+        size = chunk_rows(dim + 1, len(classes))
+        paths = solve(resident(features, labels, size, solver.dtype), *limits)
+    else:
+        size = streamed_rows(features[0], len(classes), solver)
+        with streamed(features[0], labels, size, solver.dtype, solver.folder) as chunks:
+            paths = solve(chunks, *limits)
     return [
         [
             _from_torch(found, classes, strength, number)
@@ -176,34 +183,66 @@ def _chunks(features: Sequence[Features], classes: int, solver: Solver) -> Itera
 
 
 def needed_memory(place: Features, classes: int, solver: Solver) -> tuple[int, int]:
-    """Bytes that the torch solver takes for each probe of this width, and once for all solved together."""
+    """Bytes of the torch solver for each probe of this width in memory, and once for all solved together."""
     number, dim = place.shape
-    probe, solving = memory(number, dim + 1, classes, solver.dtype.itemsize)
+    size = min(number, chunk_rows(dim + 1, classes))
+    probe, solving = memory(size, dim + 1, classes, solver.dtype.itemsize)
     reading = 4 * 8 * min(BLOCK, number * dim)  # a block in fp64 and what its steps make of it
-    return probe, max(solving, reading)
+    return probe + solver.dtype.itemsize * number * (dim + 1), max(solving, reading)
+
+
+def streamed_rows(place: Features, classes: int, solver: Solver) -> int:
+    """Rows of the chunks of one probe that is not held in memory: as many as the budget leaves room for.
+
+    Raises:
+        InputError: it leaves none.
+    """
+    number, dim = place.shape
+    itemsize = solver.dtype.itemsize
+    without = sum(memory(0, dim + 1, classes, itemsize))
+    row = sum(memory(1, dim + 1, classes, itemsize)) - without
+    row += 2 * itemsize * (dim + 1)  # this chunk's and the next one's
+    most = min(number, chunk_rows(dim + 1, classes))
+    least = min(most, LEAST)
+    if without + least * row > solver.budget:
+        raise InputError(
+            f"{place.name}: a probe of {dim} channels and {classes} classes takes "
+            f"{(without + least * row) / 1e9:.3f} GB, the budget is {solver.budget / 1e9:.3f} GB; "
+            "choose a narrower pool, other places or --solver ridge"
+        )
+    return min(most, (solver.budget - without) // row)
 
 
 def _together(place: Features, classes: int, solver: Solver) -> int:
     """Probes of this width that are solved at once."""
+    if solver.kind == "sklearn":
+        _check_sklearn(place, classes, solver)
     if solver.kind != "torch":
         return 1
     probe, once = needed_memory(place, classes, solver)
     if once + probe > solver.budget:
-        needed = f"{(once + probe) / 1e9:.3f} GB for {place.shape[0]} images of {place.shape[1]} channels"
+        streamed_rows(place, classes, solver)  # refuses before anything is read
+    return max(1, (solver.budget - once) // probe)
+
+
+def _check_sklearn(place: Features, classes: int, solver: Solver) -> None:
+    number, dim = place.shape
+    needed = 8 * number * (dim + 4 * classes)  # features; scores and what becomes of them
+    if needed > solver.budget:
         raise InputError(
-            f"{place.name}: one probe takes {needed}, the budget is {solver.budget / 1e9:.3f} GB"
+            f"{place.name}: scikit-learn takes {needed / 1e9:.3f} GB for {number} images of {dim} channels, "
+            f"the budget is {solver.budget / 1e9:.3f} GB; choose --solver torch"
         )
-    return (solver.budget - once) // probe
 
 
 def _classes(labels: Ints) -> tuple[Ints, Ints]:
     """The classes, ascending, and the place of each label among them."""
-    classes, targets = np.unique(labels, return_inverse=True)
+    classes = np.unique(labels)
     if len(classes) < 2:
         raise InputError(
             f"labels: the {len(labels)} training images show one class; a probe needs two or more"
         )
-    return classes.astype(np.int64), targets.astype(np.int64)
+    return classes.astype(np.int64), np.searchsorted(classes, labels)
 
 
 def _ascending(strengths: Sequence[float]) -> list[float]:

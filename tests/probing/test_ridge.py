@@ -37,7 +37,7 @@ def test_leaving_one_out_is_that_of_as_many_fits(shape) -> None:
     found = leave_one_out(rows, labels, strengths)
     for image in range(60):
         others = np.arange(60) != image
-        probes = fit_ridge(rows[others], labels[others], np.arange(4), strengths)
+        probes = fit_ridge(from_array(rows[others]), labels[others], np.arange(4), strengths)
         assert [int(probe.scores(rows[image]).argmax()) for probe in probes] == found[:, image].tolist()
     assert len(np.unique(found, axis=0)) == 2
     best, percent = best_by_leave_one_out(rows, labels, strengths)
