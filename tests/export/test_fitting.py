@@ -21,7 +21,7 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.start import build_branches, fill_weights, load_backbone
 from tests.golden_files import relative_error
 from tests.small import small_config
-from tests.surgery.backbones import MODELS, PLAIN, features, images_for, random_state
+from tests.surgery.backbones import MODELS, PLAIN, equal, features, images_for, random_state
 from tests.surgery.test_broken_inputs import Harmful, saved, written
 
 ROOT = Path(__file__).parents[2]
@@ -284,6 +284,22 @@ def test_what_does_not_fit_is_one_line_and_status_2(name, tmp_path, capsys, monk
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"pretrain: model.init_from: {path}") and words.format(path) in line
     assert not (tmp_path / "harm").exists()
+
+
+def test_of_a_training_checkpoint_the_teacher_is_taken_and_the_rest_is_said(tmp_path):
+    other, heads = random_state(TINY, seed=1), {"mlp.0.weight": torch.ones(8, 64)}
+    branches = {"student": other, "teacher": STATE}
+    named = {
+        f"{branch}.{part}.{name}": tensor
+        for branch, state in branches.items()
+        for part, tensors in (("backbone", state), ("dino_head", heads))
+        for name, tensor in tensors.items()
+    }
+    fitted = fitted_backbone(saved(tmp_path / "a.pth", {"model": named}), TINY)
+    assert equal(fitted.state, STATE)
+    said = "\n".join(fitted.report)
+    assert "block" not in said and "DINOv2 below model.teacher.backbone): 35 of 35 tensors" in said
+    assert "left out: model.student" in said and "left out: model.teacher.dino_head" in said
 
 
 @pytest.mark.parametrize("target", ["huggingface", "timm"])
