@@ -26,7 +26,7 @@ SURGERY = "python tools/surgery.py"
 class Fitted:
     """A backbone that fits a run's model, and what was made of its file."""
 
-    state: dict[str, Tensor]  # every tensor of the model, in the file's dtypes
+    state: dict[str, Tensor]  # every tensor of the model, in the file's dtypes; positions in fp32
     report: list[str]  # lines
 
 
