@@ -229,7 +229,7 @@ class OptimConfig:
     spike_factor: float = 0.0  # skip a step whose loss exceeds this many times its running mean; 0 = never
     max_bad_steps: int = 10  # skipped steps in a row (not finite, or a spike) that end the run
     freeze_last_layer_steps: int = 1_250  # the prototypes' lr is 0 before this step
-    freeze_backbone_steps: int = 0  # likewise the backbone's: random heads would spoil a trained backbone
+    freeze_backbone_steps: int = 0  # likewise the backbone's, so that fresh heads do not spoil a trained one
 
 
 @dataclass(frozen=True)
