@@ -1,6 +1,5 @@
 """How a run starts: initial weights, the checkpoint or export it continues from, what is recorded of it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
 from pretrain.engines.base import Engine
 from pretrain.errors import InputError
-from pretrain.export import read_export
+from pretrain.export.fitting import fitted_backbone
 from pretrain.heads.rmlp import check_memory
 from pretrain.method.branch import SSLBranch
 from pretrain.method.dinov2 import DinoV2
@@ -21,6 +20,7 @@ from pretrain.models.attention import resolve_backend
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
 from pretrain.run.checkpoint import Checkpoints, load_checkpoint, read_document
+from pretrain.run.checkpoint_folder import newest_checkpoint
 from pretrain.run.environment import config_hash, describe
 from pretrain.sharded import assign
 
@@ -53,51 +53,36 @@ def build_branches(
 def fill_weights(cfg: Config, student: SSLBranch, teacher: SSLBranch) -> None:
     """Give the student the weights of `model.init_from` or random ones, and the teacher a copy.
 
+    A run that goes on from a checkpoint takes all weights from there: the file may be gone by then.
+
     Raises:
-        InputError: the export does not fit the model.
+        InputError: the file of `model.init_from` does not fit the model.
     """
     init_weights(student, cfg.run.seed)
-    if cfg.model.init_from:
+    if cfg.model.init_from and not _continues(cfg):
         load_backbone(student.backbone, Path(cfg.model.init_from))
     with torch.no_grad():
         for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
             mine.copy_(theirs)
 
 
-# What must agree besides the tensors' shapes: the same weights would compute another function.
-FUNCTION_KEYS = ("num_heads", "ffn_layer", "pos_embed_antialias", "pos_embed_offset")
+def _continues(cfg: Config) -> bool:
+    """Whether `load_start` will find a checkpoint."""
+    own = newest_checkpoint(Path(cfg.run.dir) / "checkpoints")
+    return own is not None or bool(cfg.checkpoint.resume_from)
 
 
 def load_backbone(backbone: VisionTransformer, path: Path) -> None:
-    """Fill the backbone from an export of the same architecture, every tensor or none.
+    """Fill the backbone from a file or folder of any known format, every tensor or none; say what was done.
 
     Raises:
-        InputError: the export's model differs; the line names the first differences.
+        InputError: the file cannot be read, or holds another model; the line names the first differences.
     """
-    export = read_export(path)
-    mine, theirs = (asdict(m) | vit_shape(m)._asdict() for m in (backbone.cfg, export.model))
-    faults = [
-        f"model.{k} is {mine[k]} here and {theirs[k]} there" for k in FUNCTION_KEYS if mine[k] != theirs[k]
-    ]
-    wanted = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in export.state.items()}
-    if export.model.register_neurons:
-        faults.append("it has a test-time register, which training does not; take the file it was made from")
-    faults += [f"{key} is missing" for key in wanted if key not in given]
-    faults += [f"{key} is not expected" for key in given if key not in wanted]
-    faults += [
-        f"{key} is {shape} here and {given[key]} there"
-        for key, shape in wanted.items()
-        if given.get(key, shape) != shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise InputError(
-            f"model.init_from: {path} holds another model: {'; '.join(faults[:3])}{more}. "
-            "tools/surgery.py resizes positions, patches, channels and registers"
-        )
+    fitted = fitted_backbone(path, backbone.cfg)
     for key, parameter in backbone.state_dict().items():
-        assign(parameter, export.state[key])
+        assign(parameter, fitted.state[key])
+    for line in fitted.report:
+        distributed.say(line)
 
 
 def load_start(cfg: Config, engine: Engine, checkpoints: Checkpoints, loader: TrainLoader) -> int:

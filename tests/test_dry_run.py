@@ -10,6 +10,7 @@ from pretrain.data.synthetic import noise_batch
 from pretrain.dry_run import Trainer, Trial, _refusal, _sizes
 from pretrain.errors import InputError
 from pretrain.export import write_export
+from pretrain.export.transform import Order, convert
 from pretrain.run.footprint import footprint
 from pretrain.run.profiling import PhaseTimer
 from pretrain.train import train_step
@@ -61,13 +62,15 @@ def test_it_says_what_exists_and_checks_it(tmp_path, capsys):
     cfg = small_config()
     backbone = Trainer(cfg, CPU, 4).engine.full_state_dict("teacher")
     weights = {k.removeprefix("backbone."): v for k, v in backbone.items() if k.startswith("backbone.")}
-    export = write_export(tmp_path / "e.safetensors", weights, cfg.model, {})
+    export = tmp_path / "hugging_face"
+    convert(write_export(tmp_path / "e.safetensors", weights, cfg.model, {}), "huggingface", Order(export))
     shard = tmp_path / "train-0.tar"
     shard.touch()
     cfg = replace(cfg, model=replace(cfg.model, init_from=str(export)))
     cfg = replace(cfg, data=replace(cfg.data, shards=[str(shard)]))
     rows = run(cfg, capsys)
     assert f"model.init_from: {export} exists" in rows[""]
+    assert "Hugging Face): 35 of 35 tensors; positions 4 x 4 (" in rows[""]
     assert "data.shards: 1 shards exist" in rows[""]
     with pytest.raises(InputError, match="holds another model"):
         dry_run.dry_run(replace(cfg, model=replace(cfg.model, depth=3)))

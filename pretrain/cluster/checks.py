@@ -101,8 +101,8 @@ def _check_start(cfg: Config, done: int) -> None:
         return
     if cfg.checkpoint.resume_from:
         require_complete(Path(cfg.checkpoint.resume_from))
-    elif cfg.model.init_from and not Path(cfg.model.init_from).is_file():
-        raise InputError(f"model.init_from: {cfg.model.init_from}: no such file")
+    elif cfg.model.init_from and not Path(cfg.model.init_from).exists():
+        raise InputError(f"model.init_from: {cfg.model.init_from}: no such file or folder")
 
 
 def _check_writable(run_dir: Path) -> None:

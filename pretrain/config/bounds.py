@@ -44,7 +44,8 @@ BOUNDS = (
         rmlp.start_step loss.dino_weight loss.ibot_weight loss.koleo_weight teacher.temp_warmup_steps
         data.workers data.augment.brightness data.augment.contrast data.augment.saturation optim.min_lr
         optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
-        optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps checkpoint.keep_every
+        optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps
+        optim.freeze_backbone_steps checkpoint.keep_every
         log.knn.every log.images.every log.artifacts.every log.norms_every engine.hang_timeout
         cluster.gpus_per_node cluster.mem_gb cluster.max_restarts cluster.max_bad_nodes
         cluster.preflight_timeout cluster.min_free_gb

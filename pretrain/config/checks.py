@@ -40,6 +40,7 @@ def check(cfg: Config) -> None:
     if cfg.loss.ibot_weight > 0:
         _check_mask(cfg)
     _check_optim(cfg.optim, cfg.run.steps)
+    _check_freeze(cfg)
     _check_batch(cfg)
     _check_timeouts(cfg.engine)
     at_once = not (cfg.checkpoint.asynchronous and cfg.engine.kind == "deepspeed")
@@ -61,7 +62,10 @@ def check(cfg: Config) -> None:
 
 def warnings(cfg: Config) -> list[str]:
     """Advice on settings that are allowed; one line each."""
-    advice = (_advise_rmlp_from_scratch, _advise_unused_rmlp, _advise_temperatures, _advise_knn)
+    advice = (
+        *(_advise_rmlp_from_scratch, _advise_unused_rmlp, _advise_temperatures, _advise_knn),
+        _advise_frozen_random,
+    )
     return [line for advise in advice if (line := advise(cfg))]
 
 
@@ -170,6 +174,16 @@ def _check_optim(optim: OptimConfig, steps: int) -> None:
     _require(optim.min_lr <= peak, "optim.min_lr", fault)
 
 
+def _check_freeze(cfg: Config) -> None:
+    """While the backbone is frozen a head trains, and afterwards the backbone does."""
+    frozen, start = cfg.optim.freeze_backbone_steps, cfg.rmlp.start_step
+    fault = f"{frozen} is not below run.steps={cfg.run.steps}, so the backbone would never train; lower it"
+    _require(frozen < cfg.run.steps, "optim.freeze_backbone_steps", fault)
+    trains = frozen <= start or {cfg.dino_head.kind, ibot_head(cfg).kind} != {"rmlp"}
+    fault = f"from rmlp.start_step={start} on no head has weights to train meanwhile; use {start} at most"
+    _require(trains, "optim.freeze_backbone_steps", f"{frozen} steps, but {fault}")
+
+
 def _check_batch(cfg: Config) -> None:
     """Each micro-batch of one device holds whole groups; the number of devices is only known at the start."""
     batch, parts, group = cfg.optim.global_batch_size, cfg.engine.accumulation_steps, cfg.data.group_size
@@ -269,3 +283,9 @@ def _advise_knn(cfg: Config) -> str:
     if not cfg.log.knn.every or cfg.log.knn.train:
         return ""
     return "log.knn.every: has no effect without log.knn.train and log.knn.test"
+
+
+def _advise_frozen_random(cfg: Config) -> str:
+    if not cfg.optim.freeze_backbone_steps or cfg.model.init_from or cfg.checkpoint.resume_from:
+        return ""
+    return "optim.freeze_backbone_steps: freezes random weights; set model.init_from, or 0"

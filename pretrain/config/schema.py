@@ -46,7 +46,8 @@ class ModelConfig:
     pos_embed_antialias: bool = False  # true in the released register models
     pos_embed_offset: float = 0.1  # grid-size offset of interpolation; 0.0 in the released register models
     attention: Literal["auto", "sdpa", "math"] = "auto"  # auto: math on CPU in bf16, sdpa elsewhere
-    init_from: str = ""  # an export to start from (tools/surgery.py makes one); empty = random weights
+    init_from: str = ""  # backbone to start from: any file or folder that tools/surgery.py reads, such as a
+    # released .pth, a folder of Hugging Face or timm, an export; empty = random weights; docs/surgery.md
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class OptimConfig:
     spike_factor: float = 0.0  # skip a step whose loss exceeds this many times its running mean; 0 = never
     max_bad_steps: int = 10  # skipped steps in a row (not finite, or a spike) that end the run
     freeze_last_layer_steps: int = 1_250  # the prototypes' lr is 0 before this step
+    freeze_backbone_steps: int = 0  # likewise the backbone's, so that fresh heads do not spoil a trained one
 
 
 @dataclass(frozen=True)

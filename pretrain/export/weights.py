@@ -32,6 +32,7 @@ class Weights:
     model: ModelConfig
     about: dict[str, Any]  # origin, as far as the file says
     changes: tuple[Change, ...]  # against the file
+    described: bool  # by our own description, so that no setting is by convention
 
 
 def read_weights(
@@ -78,6 +79,7 @@ def read_weights(
         found.model,
         about,
         found.changes,
+        model is not None,
     )
 
 

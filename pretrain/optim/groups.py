@@ -1,4 +1,4 @@
-"""DINOv2's parameter groups: layer-wise learning rates, no decay of biases and norms, frozen prototypes."""
+"""DINOv2's parameter groups: layer-wise learning rates, no decay of biases and norms, frozen parts."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ class GroupKey(NamedTuple):
     lr_mult: float
     wd_mult: float
     is_last_layer: bool
+    is_backbone: bool
 
 
 def group_key(name: str, depth: int, cfg: OptimConfig) -> GroupKey:
@@ -25,13 +26,13 @@ def group_key(name: str, depth: int, cfg: OptimConfig) -> GroupKey:
     a layer's factor is decay^(depth + 1 - layer). Heads keep the full rate. Biases, norms and LayerScale are
     not decayed.
     """
-    lr_mult = 1.0
-    if name.startswith("backbone."):
+    lr_mult, is_backbone = 1.0, name.startswith("backbone.")
+    if is_backbone:
         lr_mult = cfg.layerwise_decay ** (depth + 1 - _layer(name.removeprefix("backbone."), depth))
     if "patch_embed" in name:
         lr_mult *= cfg.patch_embed_lr_mult
     decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-    return GroupKey(lr_mult, float(decayed), "last_layer" in name)
+    return GroupKey(lr_mult, float(decayed), "last_layer" in name, is_backbone)
 
 
 def _layer(name: str, depth: int) -> int:
@@ -54,7 +55,11 @@ def parameter_groups(
 
 
 def set_step_values(groups: list[dict[str, Any]], values: StepValues) -> None:
-    """Write a step's learning rate and weight decay into the groups."""
+    """Write a step's learning rate and weight decay into the groups.
+
+    A rate of 0 freezes a group to the bit: AdamW's decay is multiplied by it too. Its moments go on.
+    """
     for group in groups:
-        group["lr"] = group["lr_mult"] * (values.last_layer_lr if group["is_last_layer"] else values.lr)
+        lr = values.backbone_lr if group["is_backbone"] else values.lr
+        group["lr"] = group["lr_mult"] * (values.last_layer_lr if group["is_last_layer"] else lr)
         group["weight_decay"] = group["wd_mult"] * values.weight_decay

@@ -13,6 +13,7 @@ class StepValues:
 
     lr: float
     last_layer_lr: float  # of the prototypes: 0 while they are frozen
+    backbone_lr: float  # likewise
     weight_decay: float
     momentum: float  # of the teacher's EMA
     teacher_temp: float
@@ -48,6 +49,7 @@ class Schedules:
         return StepValues(
             lr=lr,
             last_layer_lr=0.0 if step < optim.freeze_last_layer_steps else lr,
+            backbone_lr=0.0 if step < optim.freeze_backbone_steps else lr,
             weight_decay=cosine(step, optim.weight_decay, optim.weight_decay_end, self.steps),
             momentum=cosine(step, teacher.momentum, teacher.final_momentum, self.steps),
             teacher_temp=linear(step, teacher.warmup_temp, teacher.temp, teacher.temp_warmup_steps),

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.cluster.checks import check_run
 from pretrain.cluster.cost import estimate
 from pretrain.cluster.job_folder import JobFolder, job_folders, new_job_folder
 from pretrain.cluster.layout import fitted, with_absolute_paths
@@ -35,6 +36,18 @@ def test_paths_mean_the_same_from_everywhere(tmp_path: Path, monkeypatch: pytest
     assert moved.model.init_from == str(tmp_path / "x.safetensors")
     assert moved.run.dir == str(tmp_path / "runs/demo")
     assert (moved.checkpoint.resume_from, moved.data.cache.dir) == ("", cfg.data.cache.dir)
+
+
+def test_a_run_may_start_from_a_file_or_a_folder_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    shards = [f"{key}=[{tmp_path}/a.tar]" for key in ("data.shards", "log.knn.train", "log.knn.test")]
+    settings = [*shards, f"run.dir={tmp_path}/run", "cluster.gpus_per_node=1"]
+    for name in ("", "a.tar", "."):
+        path = f"model.init_from={tmp_path / name if name else name}"
+        assert check_run(load_config(ROOT / "configs/demo.yaml", [*settings, path])) == 0
+    missing = load_config(ROOT / "configs/demo.yaml", [*settings, f"model.init_from={tmp_path}/none"])
+    with pytest.raises(InputError, match=r"^model.init_from: .*/none: no such file or folder$"):
+        check_run(missing)
 
 
 @pytest.mark.parametrize(

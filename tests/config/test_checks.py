@@ -96,6 +96,19 @@ REFUSED = [
     (["engine.timeout=0", "engine.hang_timeout=0"], "engine.timeout: must be above 0"),
     (["run.preemption_check_every=0"], "run.preemption_check_every: must be at least 1"),
     (["ibot_head.prototypes=9"], "ibot_head.prototypes: not used while ibot_head.shared=true"),
+    (
+        ["optim.freeze_backbone_steps=125000"],
+        "optim.freeze_backbone_steps: 125000 is not below run.steps=125000, so the backbone would never",
+    ),
+    (["optim.freeze_backbone_steps=-1"], "optim.freeze_backbone_steps: must be 0 or more"),
+    (
+        [*RMLP, "optim.freeze_backbone_steps=1"],
+        "optim.freeze_backbone_steps: 1 steps, but from rmlp.start_step=0 on no head has weights to train",
+    ),
+    (
+        [*RMLP, "rmlp.start_step=5", "optim.freeze_backbone_steps=6"],
+        "optim.freeze_backbone_steps: 6 steps, but from rmlp.start_step=5 on no head has weights to train",
+    ),
     (["rmlp.start_step=3"], "rmlp.start_step: no head is randomized; set dino_head.kind=rmlp"),
     ([*RMLP, "rmlp.start_step=125000"], "rmlp.start_step: 125000 is not below run.steps=125000"),
     ([*RMLP, "ibot_head.shared=false", "rmlp.share_dino_ibot=true"], "rmlp.share_dino_ibot: the two heads"),
@@ -131,6 +144,9 @@ ALLOWED = [
     ["ibot_head.shared=false", "ibot_head.prototypes=9"],
     ["teacher.temp_warmup_steps=999999"],
     [*RMLP, "rmlp.start_step=124999"],
+    ["optim.freeze_backbone_steps=124999"],
+    [*RMLP, "rmlp.start_step=5", "optim.freeze_backbone_steps=5"],
+    [*RMLP, "ibot_head.shared=false", "optim.freeze_backbone_steps=5"],
     [*RMLP, "rmlp.share_dino_ibot=true"],
     [*RMLP, "rmlp.amplitude=19.9"],
     [*RMLP, "rmlp.amplitude=100", "rmlp.share_student_teacher=true"],
@@ -167,6 +183,7 @@ def test_every_number_has_a_bound() -> None:
         (["rmlp.amplitude=2"], "rmlp.amplitude: has no effect"),
         (["teacher.temp=0.1"], "teacher.temp: not below loss.student_temp"),
         (["log.knn.every=5"], "log.knn.every: has no effect"),
+        (["optim.freeze_backbone_steps=5"], "optim.freeze_backbone_steps: freezes random weights"),
     ],
 )
 def test_advice(overrides: list[str], start: str) -> None:
@@ -180,6 +197,7 @@ def test_advice(overrides: list[str], start: str) -> None:
         [],
         [*RMLP, "rmlp.start_step=5"],
         [*RMLP, "model.init_from=a.safetensors"],
+        ["model.init_from=a.safetensors", "optim.freeze_backbone_steps=5"],
         [*RMLP, "checkpoint.resume_from=runs/a/checkpoints/step_00000001"],
     ],
 )

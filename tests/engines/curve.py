@@ -27,13 +27,16 @@ from pretrain.start import build_branches, fill_weights
 from pretrain.train import Run, build_engine, train_step
 from tests.small import small_config
 
-GROUP, BATCH, STEPS = 4, 16, 8
+GROUP, BATCH, STEPS, FROZEN = 4, 16, 8, 3
 MASKED = (0, 5, 17, None)  # patches that are masked in each group of a batch; None = as drawn
 CPU = torch.device("cpu")
 
 
 def curve_config(head: str = "mlp", **engine: Any) -> Config:
-    """Drop path 0.3; MLP heads with Sinkhorn, or randomized ones (from step 4 on, with `change`)."""
+    """Drop path 0.3; MLP heads with Sinkhorn, or randomized ones.
+
+    With `change` the randomized ones begin at step 4, and the backbone is frozen before step `FROZEN`.
+    """
     base = small_config()
     small = {"prototypes": 24, "hidden_dim": 16, "bottleneck_dim": 8}
     kind: Any = "mlp" if head == "mlp" else "rmlp"
@@ -46,7 +49,12 @@ def curve_config(head: str = "mlp", **engine: Any) -> Config:
         rmlp=RmlpConfig(outputs=48, start_step=4 if head == "change" else 0),
         loss=LossConfig(centering="sinkhorn" if head == "mlp" else "softmax"),
         data=replace(base.data, group_size=GROUP),
-        optim=replace(base.optim, global_batch_size=BATCH, lr=2e-3),
+        optim=replace(
+            base.optim,
+            global_batch_size=BATCH,
+            lr=2e-3,
+            freeze_backbone_steps=FROZEN if head == "change" else 0,
+        ),
         engine=EngineConfig(**{"device": "cpu", "precision": "fp32", **engine}),
     )
 

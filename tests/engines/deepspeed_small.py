@@ -40,10 +40,11 @@ def plain_config(**more):
 
 
 def rmlp_config():
-    """An MLP head that a randomized one replaces at step 2; softmax centres."""
+    """An MLP head beside a frozen backbone, which a randomized one replaces at step 2; softmax centres."""
     head = HeadConfig(kind="rmlp", prototypes=40, hidden_dim=32, bottleneck_dim=16)
     cfg = small_config(dino_head=head, rmlp=RmlpConfig(outputs=64, start_step=2))
-    return replace(cfg, optim=replace(cfg.optim, global_batch_size=PARTS * IMAGES))
+    optim = replace(cfg.optim, global_batch_size=PARTS * IMAGES, freeze_backbone_steps=2)
+    return replace(cfg, optim=optim)
 
 
 def on_deepspeed(cfg, stage, **more):

@@ -1,14 +1,16 @@
 """One loss curve: single, ddp, fsdp2 and hybrid sharding at equal global batch and group size.
 
-MLP heads with Sinkhorn, randomized heads with centring, a change from one to the other; drop path 0.3, groups
-with 0, 5 and 17 masked patches. Differences are those of the order of sums.
+MLP heads with Sinkhorn, randomized heads with centring, a change from one to the other after steps with a
+frozen backbone; drop path 0.3, groups with 0, 5 and 17 masked patches. Differences are those of the order of
+sums.
 """
 
 from typing import Any
 
 import pytest
+import torch
 
-from tests.engines.curve import several, train
+from tests.engines.curve import FROZEN, several, train
 from tests.engines.processes import on_ranks
 from tests.golden_files import relative_error
 from tests.test_golden import key_bias_removed
@@ -23,6 +25,7 @@ TWO: list[Case] = [
     {"kind": "fsdp2", "head": "mlp", "activation_checkpointing": "full"},
 ]
 HALF: list[Case] = [{"kind": kind, "head": "mlp", "precision": "bf16"} for kind in ("ddp", "fsdp2")]
+FREEZE: list[Case] = [{"kind": kind, "head": "change", "steps": FROZEN} for kind in ("ddp", "fsdp2")]
 FOUR: list[Case] = [{"kind": "fsdp2", "head": head, "replicate": 2} for head in ("mlp", "rmlp")]
 
 
@@ -36,7 +39,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What rank 0 saw, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
-    for ranks, cases in ((2, [*TWO, *HALF]), (4, FOUR)):
+    for ranks, cases in ((2, [*TWO, *HALF, *FREEZE]), (4, FOUR)):
         results = on_ranks(ranks, folder / str(ranks), several, cases)[0]
         found |= {str(case): result for case, result in zip(cases, results, strict=True)}
     return found
@@ -68,6 +71,25 @@ def test_accumulation_and_checkpointing_on_one_device(single: dict[str, Any], he
 @pytest.mark.parametrize("case", [*TWO, *FOUR], ids=lambda case: "-".join(map(str, case.values())))
 def test_several_ranks(single: dict[str, Any], spread: dict[str, Any], case: Case) -> None:
     assert_same(spread[str(case)], single[case["head"]])
+
+
+def moved(found: dict[str, Any], start: dict[str, Any], branch: str) -> set[str]:
+    """The parts of a branch that are not what they were, to the bit."""
+    weights = found[branch].items()
+    return {name.split(".")[0] for name, value in weights if not torch.equal(value, start[branch][name])}
+
+
+def test_a_frozen_backbone_on_one_device(single: dict[str, Any]) -> None:
+    start, frozen = (train("single", "change", steps=steps) for steps in (0, FROZEN))
+    assert moved(frozen, start, "student") == moved(frozen, start, "teacher") == {"dino_head", "ibot_head"}
+    assert "backbone" in moved(single["change"], start, "student") & moved(single["change"], start, "teacher")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", FREEZE, ids=lambda case: case["kind"])
+def test_a_frozen_backbone_on_several_ranks(spread: dict[str, Any], case: Case) -> None:
+    found, start = spread[str(case)], train("single", "change", steps=0)
+    assert moved(found, start, "student") == moved(found, start, "teacher") == {"dino_head", "ibot_head"}
 
 
 @pytest.mark.dist

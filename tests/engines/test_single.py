@@ -202,3 +202,27 @@ def test_state_round_trip_continues_bit_for_bit():
     for part, tensors in one[0].state_dict().items():
         for key, value in tensors.items():
             assert torch.equal(value, two[0].state_dict()[part][key]), key
+
+
+def test_a_resume_while_the_backbone_is_frozen_continues_bit_for_bit():
+    cfg = small_config()
+    optim = replace(cfg.optim, freeze_backbone_steps=3, weight_decay=0.4, warmup_steps=0)
+    cfg = replace(cfg, optim=optim)
+    batches = [random_batch(cfg, 4, seed=s) for s in range(5)]
+    one, two = build(cfg), build(cfg)
+    for step in range(2):
+        train_step(*one, cfg, [batches[step]], step)
+    saved = {part: {k: v.clone() for k, v in t.items()} for part, t in one[0].state_dict().items()}
+    assert saved["optim"]["backbone.norm.weight.exp_avg"].any()  # moments go on
+    two[0].load_state_dict(saved)
+    for step in range(2, 5):
+        for engine, method in (one, two):
+            train_step(engine, method, cfg, [batches[step]], step)
+        frozen = torch.equal(
+            one[0].full_state_dict("student")["backbone.pos_embed"],
+            saved["model"]["student.backbone.pos_embed"],
+        )
+        assert frozen == (step < 3)
+    for part, tensors in one[0].state_dict().items():
+        for key, value in tensors.items():
+            assert torch.equal(value, two[0].state_dict()[part][key]), key

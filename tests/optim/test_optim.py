@@ -33,6 +33,13 @@ def test_other_schedules_of_the_short_recipe():
     assert schedules.at(1_250).last_layer_lr == schedules.at(1_250).lr > 0
 
 
+def test_the_backbone_is_frozen_at_first():
+    cfg = replace(SHORT, optim=replace(SHORT.optim, freeze_backbone_steps=5))
+    before, after = (Schedules(cfg).at(step) for step in (4, 5))
+    assert before.backbone_lr == 0.0 < before.lr
+    assert after.backbone_lr == after.lr
+
+
 @pytest.mark.parametrize(("batch", "lr", "peak"), [(2048, 0.004, 5.657e-3), (3072, 2e-4, 3.464e-4)])
 def test_peak_learning_rate_scales_with_the_root_of_the_batch(batch, lr, peak):
     assert peak_lr(OptimConfig(global_batch_size=batch, lr=lr)) == pytest.approx(peak, rel=1e-3)
@@ -58,6 +65,7 @@ def test_peak_learning_rate_scales_with_the_root_of_the_batch(batch, lr, peak):
 def test_group_of_a_parameter(name, lr_mult, wd_mult):
     key = group_key(name, 3, OptimConfig())
     assert (key.lr_mult, key.wd_mult, key.is_last_layer) == (pytest.approx(lr_mult), wd_mult, False)
+    assert key.is_backbone == name.startswith("backbone.")
 
 
 def test_prototypes_are_frozen_at_first_and_every_parameter_has_one_group():
@@ -71,6 +79,9 @@ def test_prototypes_are_frozen_at_first_and_every_parameter_has_one_group():
         rates = {name: g["lr"] for g in groups for name in g["names"]}
         assert rates["dino_head.last_layer.weight_v"] == (0.0 if frozen else 0.5)
         assert rates["dino_head.mlp.0.weight"] == 0.5
+    set_step_values(groups, replace(values, lr=0.5, last_layer_lr=0.5, backbone_lr=0.0))
+    rates = {name: g["lr"] for g in groups for name in g["names"]}
+    assert {name for name, rate in rates.items() if rate == 0} == {n for n in rates if n[:8] == "backbone"}
     decays = {name: g["weight_decay"] for g in groups for name in g["names"]}
     assert decays["dino_head.last_layer.weight_g"] == pytest.approx(values.weight_decay)
     assert decays["backbone.norm.bias"] == 0.0

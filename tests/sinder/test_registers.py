@@ -123,5 +123,5 @@ def test_training_does_not_start_from_it(tmp_path):
     model = replace(MODELS["mlp"], register_neurons=[[0, 0]])
     backbone = clean_backbone(MODELS["mlp"])
     path = write_export(tmp_path / "a.safetensors", backbone.state_dict(), model, {})
-    with pytest.raises(InputError, match="it has a test-time register, which training does not"):
+    with pytest.raises(InputError, match="has a test-time register, which training does not"):
         load_backbone(backbone, path)
