@@ -10,7 +10,7 @@ from pretrain.config.bounds import check_bounds
 from pretrain.config.cluster_checks import cluster_fault
 from pretrain.config.deepspeed_extra import extra_fault
 from pretrain.config.derived import head_kinds, peak_lr, uses_rmlp, vit_shape
-from pretrain.config.rmlp_checks import rmlp_faults
+from pretrain.config.rmlp_checks import advise_vanishing, rmlp_faults
 from pretrain.config.schema import (
     Config,
     DataConfig,
@@ -58,7 +58,13 @@ def check(cfg: Config) -> None:
 
 def warnings(cfg: Config) -> list[str]:
     """Advice on settings that are allowed; one line each."""
-    advice = (_advise_rmlp_from_scratch, _advise_unused_rmlp, _advise_temperatures, _advise_knn)
+    advice = (
+        _advise_rmlp_from_scratch,
+        _advise_unused_rmlp,
+        advise_vanishing,
+        _advise_temperatures,
+        _advise_knn,
+    )
     return [line for advise in advice if (line := advise(cfg))]
 
 

@@ -13,6 +13,10 @@ from pretrain.config.schema import Config
 CONFIGS = Path(__file__).parents[2] / "configs"
 RMLP = ("dino_head.kind=rmlp",)
 INDEPENDENT = (*RMLP, "rmlp.schedule=linear")
+PURE = (
+    *(*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true", "rmlp.resample_every=0"),
+    "model.init_from=a.safetensors",
+)
 MIX = ("dino_head.kind=mix", "rmlp.outputs=65536")
 GREY = (
     *("data.channels=1", "model.in_channels=1", "data.mean=0.5", "data.std=0.2", "data.augment.hue=0"),
@@ -189,6 +193,7 @@ def test_every_number_has_a_bound() -> None:
         ([*RMLP], "dino_head.kind: RMLP heads do not learn from random weights"),
         (["ibot_head.shared=false", "ibot_head.kind=rmlp"], "dino_head.kind: RMLP heads do not learn"),
         (["rmlp.amplitude=2"], "rmlp.amplitude: has no effect"),
+        ([*PURE, "rmlp.amplitude=33"], "rmlp.amplitude: without rmlp.identity the outputs are about 0.09"),
         (["teacher.temp=0.1"], "teacher.temp: not below loss.student_temp"),
         (["log.knn.every=5"], "log.knn.every: has no effect"),
     ],
@@ -204,6 +209,7 @@ def test_advice(overrides: list[str], start: str) -> None:
         [],
         [*RMLP, "rmlp.start_step=5"],
         [*MIX],
+        [*PURE, "rmlp.amplitude=35"],
         [*RMLP, "model.init_from=a.safetensors"],
         [*RMLP, "checkpoint.resume_from=runs/a/checkpoints/step_00000001"],
     ],
