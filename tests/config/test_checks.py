@@ -192,6 +192,7 @@ def test_every_number_has_a_bound() -> None:
     [
         ([*RMLP], "dino_head.kind: RMLP heads do not learn from random weights"),
         (["ibot_head.shared=false", "ibot_head.kind=rmlp"], "dino_head.kind: RMLP heads do not learn"),
+        ([*MIX], "rmlp.mix: a mixture does not learn from random weights"),
         (["rmlp.amplitude=2"], "rmlp.amplitude: has no effect"),
         ([*PURE, "rmlp.amplitude=33"], "rmlp.amplitude: without rmlp.identity the outputs are about 0.09"),
         (["teacher.temp=0.1"], "teacher.temp: not below loss.student_temp"),
@@ -208,7 +209,8 @@ def test_advice(overrides: list[str], start: str) -> None:
     [
         [],
         [*RMLP, "rmlp.start_step=5"],
-        [*MIX],
+        [*MIX, "rmlp.mix=0", "rmlp.mix_end=0.5", "rmlp.schedule=linear"],
+        [*MIX, "model.init_from=a.safetensors"],
         [*PURE, "rmlp.amplitude=35"],
         [*RMLP, "model.init_from=a.safetensors"],
         [*RMLP, "checkpoint.resume_from=runs/a/checkpoints/step_00000001"],

@@ -115,6 +115,8 @@ def test_resumed_in_the_middle_of_both_schedules_bit_for_bit():
     one, two = build(cfg), build(cfg)
     for step in range(4):
         step_once(*one, cfg, step)
+        drawn = one[0].branches["teacher"].rmlp["dino"].layers.drawn
+        assert drawn[:2] == (step // 3, rmlp_strength(cfg, step).amplitude)
     saved = {part: {k: v.clone() for k, v in t.items()} for part, t in one[0].state_dict().items()}
     two[0].load_state_dict(saved)
     for step in range(4, 7):
