@@ -26,6 +26,10 @@ class Projection(NamedTuple):
         total = (weights.unsqueeze(1) * self.features.float()).sum(0)
         return linear(total, self.prototypes.float()), weights.sum()
 
+    def first(self, outputs: int) -> "Projection":
+        """The same rows with the first prototypes only."""
+        return Projection(self.features, self.prototypes[:outputs])
+
     def split(self, sizes: list[int]) -> list["Projection"]:
         """The same prototypes with consecutive rows."""
         return [Projection(rows, self.prototypes) for rows in self.features.split(sizes)]

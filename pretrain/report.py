@@ -13,7 +13,7 @@ from pretrain.analysis.features import knn_scores
 from pretrain.analysis.maps import PatchPca, cls_attention
 from pretrain.analysis.samples import first_images
 from pretrain.analysis.sheet import picture
-from pretrain.config.derived import micro_batch_size
+from pretrain.config.derived import micro_batch_size, rmlp_strength, uses_rmlp
 from pretrain.config.schema import Config
 from pretrain.data.labelled import labelled_batches
 from pretrain.distributed import barrier, is_main, world_size
@@ -92,6 +92,8 @@ class Report:
         last = observation
         self.averages.add(signals(last.student, last.teacher, last.targets, last.batch))
         scalars = self.averages.means() | prefixed("schedule", asdict(values))
+        if uses_rmlp(self.cfg):
+            scalars |= prefixed("schedule/rmlp", rmlp_strength(self.cfg, step - 1)._asdict())
         seconds = self.timer.means()
         scalars |= prefixed("seconds", seconds) | prefixed("loader", loading) | self._bad_steps(step)
         scalars["loader/data_wait_percent"] = 100 * seconds["data"] / max(sum(seconds.values()), 1e-9)

@@ -45,6 +45,7 @@ def build_branches(
     backend = resolve_backend(cfg.model.attention, device, cfg.engine.precision == "bf16")
     with torch.device("meta" if on_meta else "cpu"):
         student, teacher = SSLBranch(cfg, "student", backend), SSLBranch(cfg, "teacher", backend)
+    teacher.share_draws(student)
     match cfg.method.kind:
         case "dinov2":
             return student, teacher, DinoV2(cfg)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config.derived import vit_shape
 from pretrain.config.docs import configuration_page
 from pretrain.config.keys import settings
 from pretrain.config.load import config_text, load_config
@@ -64,6 +65,11 @@ def test_rmlp_phases_start_from_what_the_first_phases_export() -> None:
             "ffn_ratio",
         )
         assert all(getattr(before.model, name) == getattr(after.model, name) for name in shape)
+
+
+def test_the_published_fine_tuning_has_the_published_number_of_outputs() -> None:
+    cfg = load_config(ROOT / "configs/rmlp_finetune_vits.yaml")
+    assert cfg.rmlp.outputs == (2 * vit_shape(cfg.model).embed_dim // 3) ** 2
 
 
 def test_every_setting_is_read() -> None:

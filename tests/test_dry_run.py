@@ -122,9 +122,11 @@ def test_sizes_start_small_but_with_a_mask():
     assert _sizes(replace(rarely, optim=replace(cfg.optim, global_batch_size=16))) == [5, 16]
 
 
-@pytest.mark.parametrize("heads", ["mlp", "rmlp"])
+@pytest.mark.parametrize("heads", ["mlp", "rmlp", "mix"])
 def test_the_footprint_is_what_the_engine_holds(heads):
-    cfg = small_config(dino_head=HeadConfig(heads, prototypes=40), rmlp=RmlpConfig(outputs=64))
+    shared = heads == "mix"
+    rmlp = RmlpConfig(outputs=40, share_student_teacher=shared, share_dino_ibot=shared)
+    cfg = small_config(dino_head=HeadConfig(heads, prototypes=40), rmlp=rmlp)
     trainer, expected = Trainer(cfg, CPU, 4), footprint(cfg)
     trainer.step(0, [noise_batch(cfg, 4).normalize(torch.zeros(3), torch.ones(3))], PhaseTimer(CPU))
     student, teacher = trainer.engine.branches.values()
@@ -133,6 +135,7 @@ def test_the_footprint_is_what_the_engine_holds(heads):
     tensors += [torch.empty_like(p) for p in student.parameters()]  # gradients
     tensors += [t for s in trainer.engine.optimizer.state.values() for t in s.values() if t.dim()]
     drawn = [w for b in (student, teacher) for head in b.rmlp.values() for w in head.weights]
+    drawn = list({w.data_ptr(): w for w in drawn}.values())
     assert sum(t.nbytes for t in [*tensors, *drawn]) == expected.total
     assert sum(w.numel() for w in drawn) == expected.drawn
 

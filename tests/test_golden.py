@@ -18,7 +18,8 @@ from pretrain.config.schema import (
     TeacherConfig,
 )
 from pretrain.engines.single import SingleEngine
-from pretrain.heads.rmlp import layer_weight, rmlp_projection
+from pretrain.heads.draws import layer_weight
+from pretrain.heads.rmlp import rmlp_projection
 from pretrain.method.branch import SSLBranch
 from pretrain.method.dinov2 import DinoV2
 from pretrain.models.vit import VisionTransformer

@@ -54,6 +54,8 @@ RMLP = (
     "ibot_head.kind=rmlp",
     "loss.centering=softmax",
     "rmlp.outputs=64",
+    "rmlp.schedule=cosine",
+    "rmlp.amplitude_end=1",
     "rmlp.start_step=6",
 )
 

@@ -40,8 +40,9 @@ BOUNDS = (
         "0 or more",
         lambda value: value >= 0,
         """
-        run.seed model.num_register_tokens model.pos_embed_offset rmlp.amplitude rmlp.resample_every
-        rmlp.start_step loss.dino_weight loss.ibot_weight loss.koleo_weight teacher.temp_warmup_steps
+        run.seed model.num_register_tokens model.pos_embed_offset rmlp.amplitude rmlp.amplitude_end
+        rmlp.resample_every rmlp.schedule_steps rmlp.start_step
+        loss.dino_weight loss.ibot_weight loss.koleo_weight teacher.temp_warmup_steps
         data.workers data.augment.brightness data.augment.contrast data.augment.saturation optim.min_lr
         optim.warmup_steps optim.weight_decay optim.weight_decay_end optim.patch_embed_lr_mult
         optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps
@@ -64,7 +65,8 @@ BOUNDS = (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
         """
-        loss.center_momentum teacher.momentum teacher.final_momentum mask.probability data.max_corrupt
+        rmlp.mix rmlp.mix_end loss.center_momentum teacher.momentum teacher.final_momentum mask.probability
+        data.max_corrupt
         data.augment.flip_probability data.augment.jitter_probability data.augment.grayscale_probability
         data.augment.solarize_probability
         """,

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from pretrain.config.schema import Config, HeadConfig, IbotHeadConfig, ModelConfig, OptimConfig
+from pretrain.config.schema import Config, HeadConfig, HeadKind, IbotHeadConfig, ModelConfig, OptimConfig
 from pretrain.errors import InputError
 
 ARCHITECTURES = {  # (embed_dim, depth, num_heads), DINOv2's names and numbers
@@ -88,6 +88,45 @@ def ibot_head(cfg: Config) -> HeadConfig | IbotHeadConfig:
     return cfg.dino_head if cfg.ibot_head.shared else cfg.ibot_head
 
 
+def head_kinds(cfg: Config) -> set[HeadKind]:
+    """Kinds of the two heads."""
+    return {cfg.dino_head.kind, ibot_head(cfg).kind}
+
+
 def uses_rmlp(cfg: Config) -> bool:
-    """Whether any head is randomized."""
-    return "rmlp" in (cfg.dino_head.kind, ibot_head(cfg).kind)
+    """Whether any head is randomized, alone or in a mixture."""
+    return head_kinds(cfg) != {"mlp"}
+
+
+class Strength(NamedTuple):
+    """What is randomized heads' own of a step."""
+
+    amplitude: float  # a of their weights
+    mix: float  # share of their logits where a trainable head is mixed in
+
+
+def rmlp_strength(cfg: Config, step: int) -> Strength:
+    """Amplitude and share at a step (0-based), by `rmlp.schedule`; a function of the step alone."""
+    rmlp = cfg.rmlp
+    steps = rmlp.schedule_steps or cfg.run.steps - rmlp.start_step
+    done = min(max(step - rmlp.start_step, 0) / max(steps - 1, 1), 1.0)  # 1 at the last of the steps
+    if rmlp.schedule == "cosine":
+        done = (1 - math.cos(math.pi * done)) / 2
+    amplitude = _between(rmlp.amplitude, rmlp.amplitude_end, done)
+    return Strength(amplitude, _between(rmlp.mix, rmlp.mix_end, done))
+
+
+def _between(start: float, end: float | None, done: float) -> float:
+    """Both ends are reached exactly: a share of 1 takes the trainable head out."""
+    if end is None or done == 0:
+        return start
+    return end if done == 1 else start + (end - start) * done
+
+
+def signal_outputs(cfg: Config) -> int:
+    """How many of a randomized head's outputs carry more than noise: those that the identity path reaches."""
+    return (
+        min(cfg.rmlp.outputs, 2 * vit_shape(cfg.model).embed_dim // 3)
+        if cfg.rmlp.identity
+        else cfg.rmlp.outputs
+    )

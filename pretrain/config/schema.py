@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Architecture = Literal["vit_small", "vit_base", "vit_large", "vit_giant2", "custom"]
-HeadKind = Literal["mlp", "rmlp"]
+HeadKind = Literal["mlp", "rmlp", "mix"]
+RmlpInit = Literal["gaussian", "orthogonal", "rademacher", "sparse"]
 Recomputed = Literal["none", "selective", "full"]
 
 
@@ -61,7 +62,7 @@ class MethodConfig:
 class HeadConfig:
     """A projection head: `mlp` is DINOv2's trainable one, `rmlp` the parameter-free one of section `rmlp`."""
 
-    kind: HeadKind = "mlp"  # rmlp: see section rmlp
+    kind: HeadKind = "mlp"  # rmlp: see section rmlp; mix: logits of both, (1 - rmlp.mix) mlp + rmlp.mix rmlp
     prototypes: int = 65_536  # K (DINOv2 long: 131,072)
     hidden_dim: int = 2_048  # width of the hidden layers
     bottleneck_dim: int = 256  # DINOv2 long: 384 for DINO, 256 for iBOT
@@ -80,12 +81,18 @@ class RmlpConfig:
     """Randomized-MLP heads (arXiv 2511.05509): one section for both heads, because a draw can be shared."""
 
     outputs: int = 4_096  # K; the paper's (2D//3)^2 is 65,536 for ViT-S; the first 2D//3 carry the mass
+    init: RmlpInit = "gaussian"  # distribution of G, of variance 1 (paper: gaussian); sparse: a third not 0
     amplitude: float = 5.0  # a in W = I + (a / fan_out) G; the paper's R_5-MLP
+    amplitude_end: float | None = None  # a where schedule ends; null = amplitude
+    mix: float = 0.5  # with kind=mix: share s of the randomized logits, (1 - s) mlp + s rmlp
+    mix_end: float | None = None  # s where schedule ends; null = mix
+    schedule: Literal["const", "linear", "cosine"] = "const"  # of amplitude and mix, from start_step on
+    schedule_steps: int = 0  # from start to end of schedule; 0 = to the last step of the run
     identity: bool = True  # the rectangular identity; without it student and teacher must share a draw
     resample_every: int = 1  # steps between draws; 0 = one draw for the whole run
     share_student_teacher: bool = False  # one draw for both branches (paper: no)
     share_dino_ibot: bool = False  # one draw for both losses (paper: no)
-    start_step: int = 0  # trainable MLP heads before this step, RMLP from it on
+    start_step: int = 0  # trainable MLP heads before this step, RMLP or the mixture from it on
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,6 @@ def _initialize(
 
 def _unused_heads(student: SSLBranch) -> set[str]:
     """Trainable heads that randomized ones have replaced at the current step."""
-    used = [student.head("dino"), student.head("ibot")]
+    used = [student.heads("dino").trainable, student.heads("ibot").trainable]
     heads = {name: getattr(student, name) for name in ("dino_head", "ibot_head")}
     return {name for name, head in heads.items() if head is not None and not any(head is u for u in used)}

@@ -36,9 +36,6 @@ class MlpHead(nn.Module):
         self.last_layer = Prototypes(cfg.prototypes, cfg.bottleneck_dim)
         self.out_dim = cfg.prototypes
 
-    def begin_step(self, step: int) -> None:
-        """Nothing changes between steps but the weights."""
-
     def forward(self, x: Tensor) -> Projection:
         """Normed tokens (rows, D) to features (rows, b) and prototypes (K, b)."""
         features = normalize(self.mlp(x).float(), dim=-1, eps=1e-12)

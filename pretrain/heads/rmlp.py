@@ -1,10 +1,11 @@
 """Randomized-MLP head (arXiv 2511.05509): no parameters; its weights are drawn anew, from a named stream.
 
-    W_l = I + (a / m_l) G_l,  G_l ~ N(0, 1) of shape (n_l, m_l),  I with ones on the main diagonal
+    W_l = I + (a / m_l) G_l,  G_l of shape (n_l, m_l) and variance 1,  I with ones on the main diagonal
     RMLP(x) = gelu(gelu(gelu(x W_1) W_2) W_3) W_4        no bias, no normalisation
 
-widths D, 4D, 4D, floor(2D/3), K. The draw depends on (seed, loss, branch, layer, draw number) alone, so that
-every rank, every micro-batch of a step and every resumed run sees the same weights, and nothing is stored.
+widths D, 4D, 4D, floor(2D/3), K. The paper's G is Gaussian; the other kinds of `rmlp.init` are ours. The draw
+depends on (seed, loss, branch, layer, draw number) alone, so that every rank, every micro-batch of a step and
+every resumed run sees the same weights, and nothing is stored.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,8 @@ from torch.nn.functional import gelu
 
 from pretrain.config.schema import RmlpConfig
 from pretrain.errors import InputError
+from pretrain.heads.draws import LayerWeights
 from pretrain.projection import Projection, compute_dtype
-from pretrain.seeding import torch_stream
-
-NUM_LAYERS = 4
 
 
 def rmlp_widths(embed_dim: int, outputs: int) -> tuple[int, ...]:
@@ -50,14 +49,6 @@ def check_memory(embed_dim: int, outputs: int, rows: int, free: int) -> None:
         )
 
 
-def layer_weight(noise: Tensor, amplitude: float, identity: bool) -> Tensor:
-    """W = I + (a / m) G from standard-normal noise G (n, m), in place: I is never a matrix of its own."""
-    weight = noise.mul_(amplitude / noise.shape[1])
-    if identity:
-        weight.diagonal().add_(1.0)
-    return weight
-
-
 def rmlp_projection(x: Tensor, weights: Sequence[Tensor]) -> Projection:
     """The head for given layer weights (n_l, m_l): tokens (rows, D) to (rows, 2D//3) and (K, 2D//3)."""
     *hidden, last = weights
@@ -75,33 +66,36 @@ class RmlpHead(nn.Module):
         self.cfg = cfg
         self.widths = rmlp_widths(embed_dim, cfg.outputs)
         self.out_dim = cfg.outputs
-        self.seed = seed
         self.stream = (
             "both" if cfg.share_dino_ibot else loss,
             "both" if cfg.share_student_teacher else branch,
         )
-        self.weights: list[Tensor] = []
-        self.draw: int | None = None
+        self.layers = LayerWeights(self.widths, cfg, seed, self.stream)
         self.place: Tensor
         self.register_buffer("place", torch.empty(0), persistent=False)  # follows the module to its device
 
-    def begin_step(self, step: int) -> None:
-        """Draw this step's weights, unless they are those of the step before."""
-        draw = step // self.cfg.resample_every if self.cfg.resample_every else 0
-        if draw == self.draw:
-            return
-        self.weights = [self._layer(index, draw) for index in range(NUM_LAYERS)]
-        self.draw = draw
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights of the current draw, (n_l, m_l) fp32; none before the first."""
+        return self.layers.weights
 
-    def _layer(self, index: int, draw: int) -> Tensor:
-        device = self.place.device
-        generator = torch_stream(self.seed, "rmlp", *self.stream, index, draw, device=device)
-        shape = self.widths[index], self.widths[index + 1]
-        noise = torch.randn(shape, generator=generator, device=device)
-        return layer_weight(noise, self.cfg.amplitude, self.cfg.identity)
+    def share_draws(self, other: "RmlpHead") -> None:
+        """Use the weights of another head of the same stream: they are drawn and kept once."""
+        if self.stream == other.stream:
+            self.layers = other.layers
+
+    def begin_step(self, step: int, amplitude: float | None = None) -> None:
+        """Draw this step's weights, unless they are those of the step before.
+
+        Args:
+            step: optimizer steps done.
+            amplitude: a of this step; default: `rmlp.amplitude`.
+        """
+        number = step // self.cfg.resample_every if self.cfg.resample_every else 0
+        self.layers.draw(number, self.cfg.amplitude if amplitude is None else amplitude, self.place.device)
 
     def forward(self, x: Tensor) -> Projection:
         """Normed tokens (rows, D) to features (rows, 2D//3) and prototypes (K, 2D//3)."""
         if not self.weights:
             raise RuntimeError("RmlpHead.begin_step(step) must run before the forward")
-        return rmlp_projection(x, self.weights)
+        return rmlp_projection(x, self.layers.as_dtype(compute_dtype(x)))

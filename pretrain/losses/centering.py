@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from pretrain.distributed import all_max, all_sum
 from pretrain.projection import Projection
@@ -64,7 +65,11 @@ class SoftmaxCenter(nn.Module):
 
 
 def sinkhorn_offset(
-    projections: Sequence[Projection], weights: Sequence[Tensor], temp: float, iterations: int
+    projections: Sequence[Projection],
+    weights: Sequence[Tensor],
+    temp: float,
+    iterations: int,
+    outputs: int | None = None,
 ) -> Tensor:
     """Sinkhorn-Knopp over the global batch: the offset (K,) after `iterations` rounds.
 
@@ -79,7 +84,10 @@ def sinkhorn_offset(
         weights: (rows,) per micro-batch; weight 0 marks padding.
         temp: teacher temperature.
         iterations: rounds (DINOv2: 3).
+        outputs: share the mass among this many first outputs, and give the others none; default: all.
     """
+    size = len(projections[0].prototypes)
+    projections = [p.first(outputs or size) for p in projections]
     scaled = _scaled_logits(projections, temp)
     rows = [torch.where(w > 0, 0.0, -torch.inf) for w in weights]
     offset = -_log_mass(scaled, rows)
@@ -88,7 +96,7 @@ def sinkhorn_offset(
             r - torch.logsumexp(logits + offset, dim=1) for r, logits in zip(rows, scaled(), strict=True)
         ]
         offset = -_log_mass(scaled, offsets)
-    return offset
+    return pad(offset, (0, size - len(offset)), value=-torch.inf)
 
 
 Passes = Callable[[], Iterable[Tensor]]  # one pass over the logits / temp of every micro-batch

@@ -1,14 +1,14 @@
 """`SSLBranch`: backbone and heads as one module with one forward, which every engine can wrap."""
 
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch, normalize_pixels
-from pretrain.config.derived import ibot_head
+from pretrain.config.derived import ibot_head, rmlp_strength
 from pretrain.config.schema import Config, HeadConfig
-from pretrain.heads import MlpHead, RmlpHead
+from pretrain.heads import MlpHead, RmlpHead, mix
 from pretrain.method.outputs import BranchOutput
 from pretrain.models.attention import Backend
 from pretrain.models.vit import Features, VisionTransformer
@@ -16,6 +16,14 @@ from pretrain.projection import Projection
 
 Role = Literal["student", "teacher"]
 Loss = Literal["dino", "ibot"]
+LOSSES: tuple[Loss, Loss] = ("dino", "ibot")
+
+
+class Heads(NamedTuple):
+    """What projects for one loss."""
+
+    trainable: MlpHead | None
+    randomized: RmlpHead | None
 
 
 class SSLBranch(nn.Module):
@@ -24,8 +32,8 @@ class SSLBranch(nn.Module):
     The student sees all crops, the global ones masked; the teacher sees the global crops unmasked and
     projects the patches that are hidden from the student. Children are named as in released training
     checkpoints: backbone, dino_head and, unless it is shared, ibot_head. Randomized heads have no parameters
-    and take the place of those from `rmlp.start_step` on. Crops arrive as uint8 and are normalised here: the
-    micro-batches of a step wait in a quarter of the memory.
+    and take the place of those from `rmlp.start_step` on, or are mixed with them. Crops arrive as uint8 and
+    are normalised here: the micro-batches of a step wait in a quarter of the memory.
     """
 
     mean: Tensor  # (C,)
@@ -39,15 +47,19 @@ class SSLBranch(nn.Module):
         self.backbone = VisionTransformer(cfg.model, backend)
         self.dino_head = self._trainable_head(cfg, cfg.dino_head)
         self.ibot_head = None if cfg.ibot_head.shared else self._trainable_head(cfg, cfg.ibot_head)
+        self.kinds = {"dino": cfg.dino_head.kind, "ibot": ibot_head(cfg).kind}
         self.rmlp = nn.ModuleDict()
-        for loss, head in (("dino", cfg.dino_head), ("ibot", ibot_head(cfg))):
-            if head.kind == "rmlp":
+        for loss, kind in self.kinds.items():
+            if kind != "mlp":
                 self.rmlp[loss] = RmlpHead(self.backbone.embed_dim, cfg.rmlp, cfg.run.seed, loss, role)
+        if cfg.rmlp.share_dino_ibot and len(self.rmlp) == 2:
+            self.rmlp["ibot"] = self.rmlp["dino"]
         self.rmlp_start = cfg.rmlp.start_step
-        self.step = 0
+        self.cfg = cfg
+        self.step, self.share = 0, 0.0
 
     def _trainable_head(self, cfg: Config, head: HeadConfig) -> MlpHead | None:
-        """The MLP head, unless RMLP takes its place from the first step on."""
+        """The MLP head, unless RMLP alone takes its place from the first step on."""
         if head.kind == "rmlp" and cfg.rmlp.start_step == 0:
             return None
         return MlpHead(self.backbone.embed_dim, head)
@@ -55,7 +67,7 @@ class SSLBranch(nn.Module):
     @property
     def changes_heads(self) -> bool:
         """Whether randomized heads take the place of trainable ones in the course of the run."""
-        return len(self.rmlp) > 0 and self.rmlp_start > 0
+        return "rmlp" in self.kinds.values() and self.rmlp_start > 0
 
     def fsdp_units(self) -> list[nn.Module]:
         """What a sharding engine gathers one after another."""
@@ -63,18 +75,27 @@ class SSLBranch(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Choose the heads of this step and draw their weights, before any forward."""
-        self.step = step
-        for loss in ("dino", "ibot"):
-            self.head(loss).begin_step(step)
+        strength = rmlp_strength(self.cfg, step)
+        self.step, self.share = step, strength.mix
+        for loss in LOSSES:
+            randomized = self.heads(loss).randomized
+            if randomized is not None:
+                randomized.begin_step(step, strength.amplitude)
 
-    def head(self, loss: Loss) -> MlpHead | RmlpHead:
-        """The head that projects for this loss at the current step."""
-        if loss in self.rmlp and self.step >= self.rmlp_start:
-            return cast(RmlpHead, self.rmlp[loss])
-        if loss == "ibot" and self.ibot_head is not None:
-            return self.ibot_head
-        assert self.dino_head is not None
-        return self.dino_head
+    def share_draws(self, other: "SSLBranch") -> None:
+        """Draw and keep once what both branches draw alike, with `rmlp.share_student_teacher`."""
+        for loss, head in self.rmlp.items():
+            cast(RmlpHead, head).share_draws(cast(RmlpHead, other.rmlp[loss]))
+
+    def heads(self, loss: Loss) -> Heads:
+        """The heads that project for this loss at the current step: one, or both where they are mixed."""
+        trainable = self.ibot_head if loss == "ibot" and self.ibot_head is not None else self.dino_head
+        if loss not in self.rmlp or self.step < self.rmlp_start:
+            return Heads(trainable, None)
+        randomized = cast(RmlpHead, self.rmlp[loss])
+        if self.kinds[loss] == "rmlp":
+            return Heads(None, randomized)
+        return Heads(trainable, randomized if self.share > 0 else None)
 
     def forward(self, batch: Batch | Tensor) -> dict[str, Tensor]:
         """A `BranchOutput` as a flat dict of tensors, which every engine's hooks can walk.
@@ -116,12 +137,30 @@ class SSLBranch(nn.Module):
         return features
 
     def _project(self, cls: Tensor, patches: Tensor) -> tuple[Projection, Projection]:
-        """Both projections; a shared head runs once, on all rows."""
-        dino, ibot = self.head("dino"), self.head("ibot")
-        if dino is not ibot:
-            return dino(cls), ibot(patches)
-        first, second = dino(torch.cat([cls, patches])).split([len(cls), len(patches)])
-        return first, second
+        """Both projections, each of a trainable head, a randomized one or the mixture of both."""
+        dino, ibot = self.heads("dino"), self.heads("ibot")
+        trainable = _both(dino.trainable, ibot.trainable, cls, patches)
+        randomized = _both(dino.randomized, ibot.randomized, cls, patches)
+        return _joined(trainable[0], randomized[0], self.share), _joined(
+            trainable[1], randomized[1], self.share
+        )
+
+
+def _both(
+    dino: nn.Module | None, ibot: nn.Module | None, cls: Tensor, patches: Tensor
+) -> list[Projection | None]:
+    """What two heads make of their rows; a shared head runs once, on all rows."""
+    if dino is None or dino is not ibot:
+        return [None if head is None else head(x) for head, x in ((dino, cls), (ibot, patches))]
+    return [*dino(torch.cat([cls, patches])).split([len(cls), len(patches)])]
+
+
+def _joined(trainable: Projection | None, randomized: Projection | None, share: float) -> Projection:
+    if trainable is not None and randomized is not None:
+        return mix(trainable, randomized, share)
+    one = trainable if randomized is None else randomized
+    assert one is not None, "every loss has a head"
+    return one
 
 
 def branch_output(tensors: dict[str, Tensor]) -> BranchOutput:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
-from pretrain.config.derived import ibot_head
+from pretrain.config.derived import ibot_head, signal_outputs
 from pretrain.config.schema import Config, HeadConfig
 from pretrain.losses.centering import SoftmaxCenter, Target, sinkhorn_offset
 from pretrain.losses.dino import dino_losses
@@ -29,17 +29,19 @@ class DinoV2(nn.Module):
         super().__init__()
         self.cfg = cfg.loss
         self.rmlp_start = cfg.rmlp.start_step
+        self.rmlp_outputs = signal_outputs(cfg)
+        self.kinds = {"dino": cfg.dino_head.kind, "ibot": ibot_head(cfg).kind}
         self.centers = nn.ModuleDict()
         if cfg.loss.centering == "softmax":
             for loss, head in (("dino", cfg.dino_head), ("ibot", ibot_head(cfg))):
                 self._add_centers(loss, head, cfg)
 
     def _add_centers(self, loss: str, head: HeadConfig, cfg: Config) -> None:
-        """A centre per loss and head: a run that changes heads starts the new head's centre at 0."""
+        """A centre per loss and head or mixture: that of a head that takes over in the run starts at 0."""
         momentum = cfg.loss.center_momentum
         if head.kind == "mlp" or cfg.rmlp.start_step > 0:
             self.centers[loss] = SoftmaxCenter(head.prototypes, momentum)
-        if head.kind == "rmlp":
+        if head.kind != "mlp":
             self.centers[f"{loss}_rmlp"] = SoftmaxCenter(cfg.rmlp.outputs, momentum)
 
     @torch.no_grad()
@@ -69,7 +71,11 @@ class DinoV2(nn.Module):
         self, loss: str, projections: list[Projection], weights: list[Tensor], temp: float, step: int
     ) -> Tensor:
         if self.cfg.centering == "sinkhorn":
-            return sinkhorn_offset(projections, weights, temp, self.cfg.sinkhorn_iterations)
+            # A randomized head's other outputs hold noise, which Sinkhorn would fill with most of the mass;
+            # a mixture's hold the trainable head's logits.
+            alone = self.kinds[loss] == "rmlp" and step >= self.rmlp_start
+            outputs = self.rmlp_outputs if alone else None
+            return sinkhorn_offset(projections, weights, temp, self.cfg.sinkhorn_iterations, outputs)
         randomized = f"{loss}_rmlp"
         in_use = randomized if randomized in self.centers and step >= self.rmlp_start else loss
         return cast(SoftmaxCenter, self.centers[in_use]).offset(projections, weights, temp)

@@ -8,7 +8,7 @@ twice to save memory. For one image:
                         of sequences that drop path keeps; 2 x for the patch embedding, which passes none on
     backbone, teacher   1 x forward of 2 global crops
     heads, student      3 x forward of 2 + L class tokens and the masked patches; 2 x for randomized heads,
-                        whose weights need no gradient
+                        whose weights need no gradient; a mixture is both, with one product for its logits
     heads, teacher      1 x forward of 2 class tokens and the same patches
     a block             n (8 D^2 + 2 F) + 4 n^2 D for a sequence of n tokens, F feed-forward weights
 """
@@ -22,6 +22,7 @@ from pretrain.config.derived import (
     ibot_head,
     kept_rows,
     prefix_tokens,
+    rmlp_strength,
     vit_shape,
 )
 from pretrain.config.schema import Config, HeadConfig, ModelConfig
@@ -80,11 +81,27 @@ def _heads(cfg: Config) -> float:
         (cfg.dino_head, student_classes, 2.0),
         (ibot_head(cfg), patches, patches),
     ):
-        randomized = head.kind == "rmlp" and cfg.rmlp.start_step == 0
-        widths = rmlp_widths(dim, cfg.rmlp.outputs) if randomized else _mlp_widths(dim, head)
-        row = 2 * sum(n * m for n, m in pairwise(widths))
-        total += row * ((2 if randomized else 3) * student + teacher)
+        weights = _head_weights(cfg, dim, head)
+        total += 2 * (weights.trained * (3 * student + teacher) + weights.drawn * (2 * student + teacher))
     return total
+
+
+class _Weights(NamedTuple):
+    """Multiply-adds of a row in a head's matrices: those that take a gradient, and the others."""
+
+    trained: int
+    drawn: int
+
+
+def _head_weights(cfg: Config, dim: int, head: HeadConfig) -> _Weights:
+    mlp, rmlp = _mlp_widths(dim, head), rmlp_widths(dim, cfg.rmlp.outputs)
+    trained, drawn = (sum(n * m for n, m in pairwise(widths)) for widths in (mlp, rmlp))
+    if head.kind == "mlp" or cfg.rmlp.start_step > 0:
+        return _Weights(trained, 0)
+    if head.kind == "rmlp":
+        return _Weights(0, drawn)
+    logits = rmlp[-2] * rmlp[-1]
+    return _Weights(trained + logits, drawn - logits) if rmlp_strength(cfg, 0).mix else _Weights(trained, 0)
 
 
 def _mlp_widths(dim: int, head: HeadConfig) -> tuple[int, ...]:

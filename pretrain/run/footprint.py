@@ -19,6 +19,7 @@ class Footprint(NamedTuple):
     backbone: int  # parameters
     heads: int  # parameters
     drawn: int  # weights that randomized heads draw for a step, both losses and branches
+    drawn_bytes: int  # of each of those: fp32, and in bf16 a rounded copy
 
     @property
     def branch(self) -> int:
@@ -33,7 +34,7 @@ class Footprint(NamedTuple):
     @property
     def total(self) -> int:
         """Bytes of student, gradients, moments, teacher and draws."""
-        return 3 * self.branch + self.optimizer + FP32 * self.drawn
+        return 3 * self.branch + self.optimizer + self.drawn_bytes * self.drawn
 
 
 def footprint(cfg: Config) -> Footprint:
@@ -41,8 +42,12 @@ def footprint(cfg: Config) -> Footprint:
     with torch.device("meta"):
         branch = SSLBranch(cfg, "student")
     backbone = sum(p.numel() for p in branch.backbone.parameters())
-    drawn = sum(n * m for head in branch.rmlp.values() for n, m in pairwise(cast(RmlpHead, head).widths))
-    return Footprint(backbone, sum(p.numel() for p in branch.parameters()) - backbone, 2 * drawn)
+    heads = {cast(RmlpHead, head).stream: cast(RmlpHead, head).widths for head in branch.rmlp.values()}
+    drawn = sum(n * m for widths in heads.values() for n, m in pairwise(widths))
+    branches = 1 if cfg.rmlp.share_student_teacher else 2
+    rounded = 2 * bool(cfg.engine.precision == "bf16")
+    trainable = sum(p.numel() for p in branch.parameters()) - backbone
+    return Footprint(backbone, trainable, branches * drawn, FP32 + rounded)
 
 
 def crop_bytes(cfg: Config) -> int:

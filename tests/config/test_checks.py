@@ -12,6 +12,12 @@ from pretrain.config.schema import Config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RMLP = ("dino_head.kind=rmlp",)
+INDEPENDENT = (*RMLP, "rmlp.schedule=linear")
+PURE = (
+    *(*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true", "rmlp.resample_every=0"),
+    "model.init_from=a.safetensors",
+)
+MIX = ("dino_head.kind=mix", "rmlp.outputs=65536")
 GREY = (
     *("data.channels=1", "model.in_channels=1", "data.mean=0.5", "data.std=0.2", "data.augment.hue=0"),
     *("data.augment.saturation=0", "data.augment.grayscale_probability=0"),
@@ -121,9 +127,27 @@ REFUSED = [
         [*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true"],
         "loss.center_momentum: without rmlp.identity the outputs change meaning at every draw",
     ),
+    ([*INDEPENDENT, "rmlp.amplitude_end=20"], "rmlp.share_student_teacher: with rmlp.amplitude_end=20.0"),
     (
-        [*RMLP, "loss.centering=sinkhorn", "rmlp.outputs=683"],
-        "rmlp.outputs: sinkhorn moves most of the mass to the outputs beyond the first 682",
+        [*INDEPENDENT, "rmlp.identity=false", "rmlp.share_student_teacher=true", "rmlp.amplitude_end=0"],
+        "rmlp.amplitude: 0 without rmlp.identity makes every weight 0",
+    ),
+    ([*RMLP, "rmlp.schedule=linear"], "rmlp.schedule: linear leads nowhere; give rmlp.amplitude_end"),
+    ([*RMLP, "rmlp.amplitude_end=1"], "rmlp.amplitude_end: not used while rmlp.schedule=const"),
+    ([*RMLP, "rmlp.schedule_steps=9"], "rmlp.schedule_steps: not used while rmlp.schedule=const"),
+    ([*RMLP, "rmlp.mix=0.3"], "rmlp.mix: not used without a mixture; set dino_head.kind=mix"),
+    (["dino_head.kind=mix"], "rmlp.outputs: 4096 is not dino_head.prototypes=65536, but kind=mix adds"),
+    (
+        ["ibot_head.shared=false", "ibot_head.kind=mix", "ibot_head.prototypes=9"],
+        "rmlp.outputs: 4096 is not ibot_head.prototypes=9",
+    ),
+    ([*MIX, "rmlp.mix=1.5"], "rmlp.mix: must be between 0 and 1"),
+    ([*MIX, "rmlp.mix=0"], "rmlp.mix: 0 throughout is no mixture; use kind=mlp"),
+    ([*MIX, "rmlp.mix=1"], "rmlp.mix: 1 throughout is no mixture; use kind=rmlp"),
+    ([*MIX, "rmlp.amplitude=20"], "rmlp.share_student_teacher: with rmlp.amplitude=20.0 independent"),
+    (
+        [*MIX, "loss.centering=sinkhorn", "rmlp.mix_end=1", "rmlp.schedule=cosine"],
+        "rmlp.mix: at a share of 1 most outputs hold noise",
     ),
     (["log.knn.train=a.tar"], "log.knn.test: k-NN needs train and test shards"),
     (["log.knn.test=a.tar"], "log.knn.train: k-NN needs train and test shards"),
@@ -152,7 +176,11 @@ ALLOWED = [
     [*RMLP, "rmlp.amplitude=100", "rmlp.share_student_teacher=true"],
     [*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true", "rmlp.resample_every=0"],
     [*RMLP, "rmlp.identity=false", "rmlp.share_student_teacher=true", "loss.center_momentum=0"],
-    [*RMLP, "loss.centering=sinkhorn", "rmlp.outputs=682"],
+    [*RMLP, "loss.centering=sinkhorn"],
+    [*INDEPENDENT, "rmlp.amplitude_end=19.9", "rmlp.schedule_steps=10"],
+    [*MIX, "rmlp.mix=0", "rmlp.mix_end=1", "rmlp.schedule=cosine"],
+    [*MIX, "rmlp.share_dino_ibot=true", "loss.centering=sinkhorn"],
+    [*MIX, "ibot_head.shared=false", "ibot_head.kind=rmlp", "rmlp.share_dino_ibot=true"],
 ]
 
 
@@ -180,7 +208,9 @@ def test_every_number_has_a_bound() -> None:
     [
         ([*RMLP], "dino_head.kind: RMLP heads do not learn from random weights"),
         (["ibot_head.shared=false", "ibot_head.kind=rmlp"], "dino_head.kind: RMLP heads do not learn"),
+        ([*MIX], "rmlp.mix: a mixture does not learn from random weights"),
         (["rmlp.amplitude=2"], "rmlp.amplitude: has no effect"),
+        ([*PURE, "rmlp.amplitude=33"], "rmlp.amplitude: without rmlp.identity the outputs are about 0.09"),
         (["teacher.temp=0.1"], "teacher.temp: not below loss.student_temp"),
         (["log.knn.every=5"], "log.knn.every: has no effect"),
         (["optim.freeze_backbone_steps=5"], "optim.freeze_backbone_steps: freezes random weights"),
@@ -196,6 +226,9 @@ def test_advice(overrides: list[str], start: str) -> None:
     [
         [],
         [*RMLP, "rmlp.start_step=5"],
+        [*MIX, "rmlp.mix=0", "rmlp.mix_end=0.5", "rmlp.schedule=linear"],
+        [*MIX, "model.init_from=a.safetensors"],
+        [*PURE, "rmlp.amplitude=35"],
         [*RMLP, "model.init_from=a.safetensors"],
         ["model.init_from=a.safetensors", "optim.freeze_backbone_steps=5"],
         [*RMLP, "checkpoint.resume_from=runs/a/checkpoints/step_00000001"],

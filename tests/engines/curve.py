@@ -1,5 +1,6 @@
 """A few training steps on noise under any engine, as one of the ranks of a process group or alone."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,24 @@ CPU = torch.device("cpu")
 
 
 def curve_config(head: str = "mlp", **engine: Any) -> Config:
-    """Drop path 0.3; MLP heads with Sinkhorn, or randomized ones.
+    """Drop path 0.3; MLP heads with Sinkhorn, or randomized ones, or both (`mix`).
 
     With `change` the randomized ones begin at step 4, and the backbone is frozen before step `FROZEN`.
     """
     base = small_config()
     small = {"prototypes": 24, "hidden_dim": 16, "bottleneck_dim": 8}
-    kind: Any = "mlp" if head == "mlp" else "rmlp"
+    kind: Any = "rmlp" if head == "change" else head
+    rmlp = RmlpConfig(outputs=48, start_step=4 if head == "change" else 0)
+    if head == "mix":  # the share goes from 0 to 1, the amplitude from 5 to 2
+        ends = {"amplitude_end": 2.0, "mix": 0.0, "mix_end": 1.0}
+        rmlp = RmlpConfig(outputs=24, schedule="linear", schedule_steps=STEPS - 1, **ends)
     return replace(
         base,
         dino_head=HeadConfig(kind=kind, **small),
         ibot_head=IbotHeadConfig(kind=kind, shared=False, **small),
         run=replace(base.run, steps=20),
         model=replace(base.model, drop_path_rate=0.3, num_register_tokens=2),
-        rmlp=RmlpConfig(outputs=48, start_step=4 if head == "change" else 0),
+        rmlp=rmlp,
         loss=LossConfig(centering="sinkhorn" if head == "mlp" else "softmax"),
         data=replace(base.data, group_size=GROUP),
         optim=replace(
@@ -97,6 +102,7 @@ def train(kind: str, head: str = "mlp", steps: int = STEPS, **engine: Any) -> di
         parts = torch.stack([torch.stack(list(part.values())) for part in observation.losses]).mean(0)
         losses.append((all_sum(parts) / world_size()).tolist())
         norms.append({name: float(norm) for name, norm in result.grad_norms.items()})
+    drawn = [w for head in (*student.rmlp.values(), *teacher.rmlp.values()) for w in head.weights]
     seen = run_engine.teacher(noise(cfg, 99, 0, BATCH))
     return {
         "losses": losses,
@@ -105,11 +111,21 @@ def train(kind: str, head: str = "mlp", steps: int = STEPS, **engine: Any) -> di
         "teacher": run_engine.full_state_dict("teacher"),
         "teacher_cls": seen.cls,
         "features": run_engine.features(torch.ones(2, 3, 32, 32)).patches,
+        "drawn": digests(drawn),
         "centers": method.state_dict(),
         "dtypes": sorted(
             {str(value.dtype) for named in run_engine.state_dict().values() for value in named.values()}
         ),
     }
+
+
+def digests(tensors: list[torch.Tensor]) -> list[str]:
+    """What the ranks hold, bit for bit: one entry where all hold the same."""
+    mine = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+    all_of_them = [mine] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(all_of_them, mine)
+    return sorted(set(all_of_them))
 
 
 def several(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

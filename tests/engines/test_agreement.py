@@ -1,8 +1,8 @@
 """One loss curve: single, ddp, fsdp2 and hybrid sharding at equal global batch and group size.
 
-MLP heads with Sinkhorn, randomized heads with centring, a change from one to the other after steps with a
-frozen backbone; drop path 0.3, groups with 0, 5 and 17 masked patches. Differences are those of the order of
-sums.
+MLP heads with Sinkhorn, randomized heads with centring, a change or a slide from one to the other, the change
+after steps with a frozen backbone; drop path 0.3, groups with 0, 5 and 17 masked patches. Differences are
+those of the order of sums.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from tests.engines.processes import on_ranks
 from tests.golden_files import relative_error
 from tests.test_golden import key_bias_removed
 
-HEADS = ("mlp", "rmlp", "change")
+HEADS = ("mlp", "rmlp", "change", "mix")
 Case = dict[str, Any]
 TWO: list[Case] = [
     *({"kind": kind, "head": head} for kind in ("ddp", "fsdp2") for head in HEADS),
@@ -50,6 +50,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert mine == pytest.approx(reference, rel=1e-5)
     for mine, reference in zip(found["norms"], expected["norms"], strict=True):
         assert mine == pytest.approx(reference, rel=1e-4)
+    assert found["drawn"] == expected["drawn"]
     for branch in ("student", "teacher"):
         for name, value in expected[branch].items():
             pair = (key_bias_removed(name, found[branch][name]), key_bias_removed(name, value))

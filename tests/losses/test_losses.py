@@ -141,7 +141,14 @@ def test_sinkhorn_is_finite_on_randomized_heads():
     assert torch.isfinite(probabilities).all()
     torch.testing.assert_close(probabilities.sum(1), torch.ones(64))
     first = probabilities[:, :256].sum() / 64
-    assert first < 0.5  # why the presets centre instead: the mass goes to outputs that are noise
+    assert first < 0.5  # the mass goes to outputs that are noise, unless they are left out:
+    offset = sinkhorn_offset([projection], [torch.ones(64)], 0.04, 3, outputs=256)
+    probabilities = Target(projection, offset, 0.04).probabilities()
+    assert not probabilities[:, 256:].any()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(64))
+    alone = projection.first(256)
+    part = Target(alone, sinkhorn_offset([alone], [torch.ones(64)], 0.04, 3), 0.04)
+    torch.testing.assert_close(probabilities[:, :256], part.probabilities())
 
 
 def test_sinkhorn_without_a_valid_row_has_no_offset():

@@ -29,6 +29,7 @@ def config(heads="mlp", **model):
 CASES = {
     "mlp heads": config(),
     "randomized heads": config("rmlp"),
+    "mixed heads": replace(config("mix"), rmlp=RmlpConfig(outputs=4096)),
     "swiglu, registers": config(ffn_layer="swiglu", num_register_tokens=4),
     "drop path": config(depth=6, drop_path_rate=0.4),
     "separate heads": replace(
