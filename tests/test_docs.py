@@ -1,6 +1,5 @@
 """The generated page is current, and the commands that the documents show are accepted."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from pretrain.config.docs import configuration_page
 from pretrain.config.load import load_config
+from tests.scripts import load
 
 ROOT = Path(__file__).parents[1]
 SURGERY = re.compile(r"python tools/surgery\.py ([^`\n]*)")
@@ -46,10 +46,7 @@ def test_the_readme_shows_a_training_command() -> None:
 
 
 def test_shown_surgery_is_accepted_and_every_verb_is_shown() -> None:
-    spec = importlib.util.spec_from_file_location("surgery_tool", ROOT / "tools" / "surgery.py")
-    assert spec and spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load("surgery")
     pages = [ROOT / "README.md", ROOT / "tools" / "README.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
         commands = [shlex.split(text, comments=True) for text in SURGERY.findall(page.read_text())]

@@ -14,8 +14,9 @@ from pretrain.analysis.evaluation_report import Subject, score_rows
 from pretrain.analysis.view import View
 from pretrain.data.writer import PackedSample, write_shards
 from pretrain.errors import InputError
+from tests.analysis.inputs import scenes, small_model, write_model
 from tests.analysis.test_page import pictures_of, stands_alone
-from tests.analysis.tool import TOOLS, load, runner, scenes, small_model, write_model
+from tests.scripts import TOOLS, load, runner
 
 SIDE = 32
 

@@ -15,8 +15,9 @@ from pretrain.analysis.view import View, view
 from pretrain.errors import InputError
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
+from tests.analysis.inputs import scenes, small_model, write_model
 from tests.analysis.test_page import pictures_of, stands_alone
-from tests.analysis.tool import runner, scenes, small_model, write_model
+from tests.scripts import runner
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pretrain.analysis.taps import Place, places, pooled_features
 from pretrain.data.writer import PackedSample, write_shards
 from pretrain.export.transform import Order, convert
 from pretrain.export.weights import read_weights
-from tests.analysis.tool import runner, scenes
+from tests.analysis.inputs import scenes
 from tests.golden_files import relative_error
+from tests.scripts import runner
 
 pytestmark = pytest.mark.usefixtures("other_programs")
 DEPTH, REGISTERS, SIZE = 3, 4, 56

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.analysis.tool import small_model, write_model
+from tests.analysis.inputs import small_model, write_model
 
 ROOT = Path(__file__).parents[2]
 

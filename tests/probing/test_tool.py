@@ -1,11 +1,9 @@
 """tools/probe.py from shards to report: what is fitted on what, resumed, refused."""
 
-import importlib.util
 import io
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.analysis.taps import Place, places, pooled_features
-from pretrain.command_line import exit_status
 from pretrain.config.schema import ModelConfig
 from pretrain.data.writer import PackedSample, write_shards
 from pretrain.export import write_export
@@ -24,8 +21,8 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.probing import suite
 from pretrain.probing.store import open_features
 from tests.analysis.test_page import pictures_of, stands_alone
+from tests.scripts import runner
 
-TOOL = Path(__file__).parents[2] / "tools" / "probe.py"
 MODEL = ModelConfig(
     arch="custom",
     embed_dim=24,
@@ -39,23 +36,9 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("probe_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def probe(tool, capsys, monkeypatch):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
-        status = exit_status("probe.py", tool.main)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+def probe(capsys, monkeypatch):
+    return runner("probe", capsys, monkeypatch)
 
 
 def backbone(model=MODEL):

@@ -1,9 +1,7 @@
 """Tiny backbones with registers, images, and the tool as a user calls it."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +10,14 @@ import torch
 from PIL import Image
 
 from pretrain.analysis.images import ImageSet
-from pretrain.command_line import exit_status
 from pretrain.config.schema import ModelConfig
 from pretrain.export import write_export
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
 from pretrain.registers.calibration import Calibration, calibrate
 from pretrain.registers.samples import Batch, batches
+from tests.scripts import Done, runner
 
-TOOL = Path(__file__).parents[2] / "tools" / "registers.py"
 MODEL = ModelConfig(
     arch="custom",
     embed_dim=32,
@@ -99,25 +96,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@dataclass(frozen=True)
-class Done:
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def tool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Runs the tool: status, standard output and standard error."""
-    spec = importlib.util.spec_from_file_location("registers_tool", TOOL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["registers.py", *map(str, arguments)])
-        status = exit_status("registers.py", module.main)
-        out, err = capsys.readouterr()
-        return Done(status, out, err)
-
-    return run
+    return runner("registers", capsys, monkeypatch)

@@ -171,9 +171,9 @@ def test_a_pipe_that_closes_early_is_no_error(tmp_path):
     import subprocess
     import sys
 
-    from tests.surgery.conftest import TOOL
+    from tests.scripts import TOOLS
 
     path = write_export(tmp_path / "a.safetensors", random_state(PLAIN), PLAIN, {})
-    command = f"{sys.executable} {TOOL} inspect {path} | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} {TOOLS / 'surgery.py'} inspect {path} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(str(path))

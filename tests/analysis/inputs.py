@@ -1,55 +1,16 @@
-"""Tools as a user calls them, and small models and images for them."""
+"""Small models and images for the tools."""
 
-import importlib.util
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
-import pytest
 from PIL import Image
 
-from pretrain.command_line import exit_status
 from pretrain.config.schema import ModelConfig
 from pretrain.export import write_export
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
 from tests.small import small_config
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-@dataclass(frozen=True)
-class Done:
-    status: int
-    out: str
-    err: str
-
-
-def load(name: str) -> ModuleType:
-    """A tool as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def runner(
-    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Done]:
-    """Runs a tool: status, standard output and standard error."""
-    module = load(name)
-
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-        status = exit_status(f"{name}.py", module.main)
-        out, err = capsys.readouterr()
-        return Done(status, out, err)
-
-    return run
 
 
 def small_model(**changes) -> ModelConfig:
