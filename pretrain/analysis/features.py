@@ -33,7 +33,7 @@ def extract(features: FeaturesFn, batches: Iterable[tuple[Tensor, Tensor]]) -> L
     with torch.no_grad():
         for images, labels in batches:
             cls, patches = features(images)
-            cls_parts.append(cls.float().cpu())
+            cls_parts.append(cls.to("cpu", torch.float32, copy=True))  # a view would keep all tokens
             mean_parts.append(patches.float().mean(dim=1).cpu())
             label_parts.append(labels.long().cpu())
     if not label_parts:

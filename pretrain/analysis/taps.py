@@ -82,8 +82,11 @@ def pooled_features(
 
 
 def pool(tokens: Tensor, prefix: int) -> Pooled:
-    """Class token and mean patch of (B, T, D'), of which the first `prefix` tokens are no patches."""
-    return Pooled(tokens[:, 0].float(), tokens[:, prefix:].float().mean(dim=1))
+    """Class token and mean patch of (B, T, D'), of which the first `prefix` tokens are no patches.
+
+    Copies: a view of the class token would keep all tokens in memory.
+    """
+    return Pooled(tokens[:, 0].to(torch.float32, copy=True), tokens[:, prefix:].float().mean(dim=1))
 
 
 @contextmanager

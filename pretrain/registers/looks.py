@@ -126,7 +126,7 @@ def on_device(backbone: VisionTransformer, pixels: Tensor) -> tuple[Tensor, int]
 
 
 def _pool(seen: Seen, found: Features) -> None:
-    seen.cls.append(found.cls.float().cpu())
+    seen.cls.append(found.cls.to("cpu", torch.float32, copy=True))  # a view would keep all tokens
     seen.patch_mean.append(found.patches.float().mean(dim=1).cpu())
 
 

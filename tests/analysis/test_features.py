@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +24,22 @@ def test_features_come_in_order_in_fp32_with_patches_averaged() -> None:
     assert torch.equal(found.labels, labels)
     assert torch.equal(found.cls, images[:, 0].flatten(1))
     assert torch.allclose(found.patch_mean, images[:, 1:].flatten(2).mean(1))
+
+
+def test_no_tokens_outlive_their_batch() -> None:
+    """A class token that is a view would keep the tokens of all images."""
+    size, alive = 3 * 64 * 8 * 4, []
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor]:
+        alive.append(
+            sum(type(one) is Tensor and one.untyped_storage().nbytes() == size for one in gc.get_objects())
+        )
+        tokens = images.new_ones(len(images), 64, 8)
+        return tokens[:, 0], tokens[:, 1:]
+
+    images, labels = torch.randn(9, 3, 4, 4), torch.arange(9)
+    assert extract(features, batches(images, labels, 3)).cls.shape == (9, 8)
+    assert alive[2] == alive[1], alive  # of the batch before alone, by the names of the loop
 
 
 def test_low_precision_tokens_are_averaged_in_fp32_without_gradients() -> None:

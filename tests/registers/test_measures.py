@@ -94,6 +94,8 @@ def test_a_look_keeps_the_pooled_features_of_each_condition(looked, backbone, ba
     assert torch.equal(pooled["patch_mean"], full.patches.mean(1))
     zero = looked.seen["cls:zero"].pooled()["cls"]
     torch.testing.assert_close(zero, backbone.norm.bias.expand(6, -1))  # zeros, after the final norm
+    for seen in looked.seen.values():  # and no more: a view would keep all tokens of all batches
+        assert all(kept.untyped_storage().nbytes() == 4 * kept.numel() for kept in seen.cls)
 
 
 def test_cosines_leave_out_replaced_patches(looked):
