@@ -143,7 +143,11 @@ def train(folder: Path, config: str, steps: int, settings: Sequence[str]) -> Pat
     if export.exists():
         return export
     common = ["data.group_size=64", "optim.global_batch_size=64", "data.workers=0"]
-    common += [f"data.augment.{change}" for change in COLOUR] + ["log.knn.every=0", "checkpoint.every=100000"]
+    common += [f"data.augment.{change}" for change in COLOUR] + [
+        "log.knn.train=[]",
+        "log.knn.test=[]",
+        "checkpoint.every=100000",
+    ]
     command = [sys.executable, "-m", "pretrain", str(CONFIGS / config), f"run.dir={folder}"]
     command += [f"run.steps={steps}", *common, *settings]
     print(f"$ python {shlex.join(command[1:])}", flush=True)

@@ -39,7 +39,14 @@ from pretrain.run.preemption import Preemption
 from pretrain.run.profiling import PhaseTimer, StepProfiler
 from pretrain.run.watchdog import Watchdog
 from pretrain.session import pick_device, session
-from pretrain.start import build_branches, fill_weights, load_start, record_run, run_facts
+from pretrain.start import (
+    build_branches,
+    check_logged_shards,
+    fill_weights,
+    load_start,
+    record_run,
+    run_facts,
+)
 
 Steps = Generator[tuple[int, list[Batch]], None, None]
 
@@ -114,6 +121,7 @@ def build(cfg: Config, device: torch.device | None = None) -> Run:
     rank, world_size = distributed.rank(), distributed.world_size()
     micro_batch = micro_batch_size(cfg, world_size)
     loader = TrainLoader(cfg, device, micro_batch, rank, world_size, Path(cfg.run.dir))
+    check_logged_shards(cfg.log)
     on_meta = cfg.engine.kind == "fsdp2"
     student, teacher, method = build_branches(cfg, device, micro_batch, on_meta)
     if not on_meta:

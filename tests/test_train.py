@@ -249,6 +249,14 @@ def test_a_signal_saves_at_the_step_boundary_and_the_run_continues(shards, tmp_p
     assert all(torch.equal(value, actual[key]) for key, value in tensors(whole).items())
 
 
+@pytest.mark.parametrize("key", ["log.knn.test", "log.images.shards", "log.artifacts.shards"])
+def test_shards_that_are_looked_at_later_are_missed_at_the_start(shards, tmp_path, key):
+    knn = (f"log.knn.train=[{shards}/train-*.tar]", f"log.knn.test=[{shards}/test-*.tar]", "log.knn.every=0")
+    cfg = config(shards, tmp_path / "run", *knn, f"{key}=[{tmp_path}/none-*.tar]")
+    with pytest.raises(InputError, match=f"^{key}: no shard matches"):
+        build(cfg)
+
+
 def test_a_second_process_on_the_run_is_refused(shards, tmp_path):
     cfg = config(shards, tmp_path / "run", "run.steps=100000", "checkpoint.every=100000")
     process = start(cfg, tmp_path / "run.yaml")
