@@ -147,9 +147,8 @@ def main() -> int:
         for phase, counts in phases.items():
             waits = f", waits {dict(counts.waits)}" if counts.waits else ""
             print(f"  {phase:9} {counts.operations.total():5} operations {counts.flops:12,} FLOPs{waits}")
-        print(
-            "\n".join(f"  ! {line}" for lines in differences(phases, stored.get(name, {})) for line in lines)
-        )
+        worse, less = differences(phases, stored.get(name, {}))
+        print("".join(f"  ! {line}\n" for line in [*worse, *less]), end="")
     if options.write:
         write(found)
     return 0

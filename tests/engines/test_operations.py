@@ -1,4 +1,4 @@
-"""A step asks no more of the device than `operations.json` says: a guard that no load of the machine disturbs."""
+"""A step asks no more of the device than `operations.json` says; a busy machine changes nothing in that."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.engines.operation_counter import OperationCounter, PhaseCounts
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_asks_no_more_than_stored(name, capsys):
-    worse, less = differences(count(CASES[name]), read()[name])
+    worse, less = differences(count(CASES[name]), read().get(name, {}))
     with capsys.disabled():
         for line in less:
             print(f"\n{name}, {line}: if that is meant, store it by {COMMAND}")
@@ -68,7 +68,7 @@ def test_what_grew_is_named():
     phases["optimizer"].waits["_local_scalar_dense"] += 1
     phases["teacher"].operations["add"] -= 3
     worse, less = differences(phases, stored)
-    assert [line.split(" (")[-1] for line in worse][0] == "as many products, of other sizes)"
+    assert worse[0].endswith("stored (as many products, of other sizes)")
     assert "+30 mul" in worse[1] and worse[1].startswith("backward: ")
     assert worse[2] == "optimizer: the host would wait for a GPU +1 _local_scalar_dense"
     assert len(less) == 1 and "-3 add" in less[0]
