@@ -100,7 +100,7 @@ def test_a_micro_batch_that_would_not_fit_is_not_tried():
     trial = Trial(2, 1, phases, 0.5, 120 * 2**20, base=100 * 2**20, activations=50 * 2**20, peak=0)
     assert trial.bytes(8) == 300 * 2**20
     assert trial.bytes(0) == 120 * 2**20  # gradients, once the activations are gone
-    need = (300 * 2**20 + (1024 - 8) * 4 * 3 * (2 * 32**2 + 3 * 16**2)) / 2**20  # MiB; 4 x 3 bytes a pixel
+    need = (300 * 2**20 + (1024 - 8) * 3 * (2 * 32**2 + 3 * 16**2)) / 2**20  # MiB; 3 bytes a pixel
     refusal = _refusal(cfg, trial, 8, free=int(need * 2**20))
     assert refusal.startswith(f"8 would take about {need:.0f} MiB, {need:.0f} MiB are free: raise")
     whole_group = replace(cfg, data=replace(cfg.data, group_size=8))

@@ -1,4 +1,4 @@
-"""What the student's blocks keep for the backward pass under each activation checkpointing, counted on a batch.
+"""What the student's blocks keep for the backward pass under each activation checkpointing, counted.
 
 Counted are tensors, block by block, with the kernels of the device: nothing of it is a formula, and no
 setting has to be run for it.
