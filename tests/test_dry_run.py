@@ -180,7 +180,8 @@ def test_it_says_what_to_lower_and_what_the_recipe_would_take():
 
     assert fits(best) == (
         "engine.activation_checkpointing=selective engine.accumulation_steps=2 "
-        "(estimated peak 21.0 GiB of 24.0 GiB free); fastest of 6 by estimate; the recipe's own, engine.activation_checkpointing=none "
+        "(estimated peak 21.0 GiB of 24.0 GiB free); fastest of 6 by estimate; "
+        "the recipe's own, engine.activation_checkpointing=none "
         "engine.accumulation_steps=1, would take about 40.0 GiB"
     )
     assert fits(own).endswith("free): the recipe's own, the fastest of 6 by estimate")
