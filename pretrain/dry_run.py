@@ -8,7 +8,7 @@ the table says so.
 import os
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,25 +16,27 @@ import torch
 from pretrain import distributed
 from pretrain.batch import Batch
 from pretrain.config.derived import micro_batch_size, vit_shape
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, Recomputed
 from pretrain.data.remote import is_remote
 from pretrain.data.shards import shard_names
 from pretrain.data.synthetic import noise_batch
+from pretrain.engines.kept_memory import kept_memory
 from pretrain.engines.single import SingleEngine
 from pretrain.errors import InputError
 from pretrain.optim.schedules import Schedules
 from pretrain.run.ceiling import matrix_ceiling
+from pretrain.run.fastest_setting import SELECTIVE, USABLE, Choice, Kept, choose
 from pretrain.run.flops import flops_per_image
 from pretrain.run.footprint import Footprint, crop_bytes, footprint, peak_memory, used_memory
 from pretrain.run.profiling import PhaseTimer
+from pretrain.run.trial import PER_STEP, Trial
 from pretrain.session import pick_device
 from pretrain.start import build_branches, fill_weights
 
 STEPS = 3  # of each size; the first is warm-up
 MAX_SECONDS = 30.0  # of a measured step
 MAX_MICRO_BATCHES = 2  # of a measured step; more of them would repeat the second
-USABLE = 0.9  # of the free memory
-PER_STEP = ("draw", "optimizer")  # phases whose time does not grow with the batch
+MODES: tuple[Recomputed, ...] = ("none", "selective", "full")
 BUSY = 1.5  # times the cores; the step itself makes for a load of 1
 GIB = 2**30
 
@@ -54,11 +56,14 @@ def dry_run(cfg: Config) -> int:
     dtype = torch.bfloat16 if cfg.engine.precision == "bf16" else torch.float32
     _say("measuring the device's matrix products")
     ceiling = matrix_ceiling(device, dtype)
-    trial, note = _measure(cfg, device, memory)
+    free = distributed.free_memory(device)
+    trainer, trials, note = _measure(cfg, device, memory, free)
+    choice = choose(cfg, trials, _kept(cfg, trainer, trials[-1]), memory, free)
     rows = [
         *_model_rows(cfg, device, memory),
-        *_step_rows(cfg, device, trial, note),
-        *_recipe_rows(cfg, trial, ceiling),
+        *_step_rows(cfg, device, trials[-1], note),
+        *_recipe_rows(cfg, trials[-1], ceiling),
+        *_choice_rows(cfg, choice, trials, free),
         *_caution_rows(device),
     ]
     width = max(len(name) for name, _ in rows)
@@ -139,45 +144,38 @@ class Trainer:
         return torch.stack(losses).mean().item()
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What the steps of one size took."""
-
-    images: int  # in a micro-batch
-    micro_batches: int  # in a step
-    phases: dict[str, float]  # seconds of a step, medians
-    per_image: float  # seconds of one more image in a step
-    state: int  # bytes of the run's state
-    base: int  # those of them that are there when a forward ends: before the first backward no gradients are
-    activations: int  # bytes on top of `base` when a forward ends
-    peak: int  # bytes of the process, or of its tensors on a GPU
-
-    def seconds(self, images: int) -> float:
-        """Of a step of that many images: draws, clipping, optimizer and EMA come once."""
-        return images * self.per_image + sum(self.phases[name] for name in PER_STEP)
-
-    def bytes(self, images: int) -> int:
-        """Of a run with that many images in a micro-batch."""
-        return max(self.base + self.activations * images // self.images, self.state)
-
-
-def _measure(cfg: Config, device: torch.device, memory: Footprint) -> tuple[Trial, str]:
-    """The largest size of `_sizes` that can be run, and why the next one cannot ("" for the recipe's own)."""
-    free, before = distributed.free_memory(device), used_memory(device)
-    sizes = _sizes(cfg)
+def _measure(
+    cfg: Config, device: torch.device, memory: Footprint, free: int
+) -> tuple[Trainer, list[Trial], str]:
+    """Trials of `_sizes` as far as they can be run, and why the next cannot ("" at the recipe's own)."""
+    before, sizes = used_memory(device), _sizes(cfg)
     _say("building student, teacher and optimizer")
-    trainer, trial = Trainer(cfg, device, sizes[0]), None
+    trainer, trials = Trainer(cfg, device, sizes[0]), list[Trial]()
     for images in sizes:
-        if trial and (refusal := _refusal(cfg, trial, images, free)):
-            return trial, refusal
+        if trials and (refusal := _refusal(cfg, trials[-1], images, free)):
+            return trainer, trials, refusal
         try:
-            trial = _try(trainer, cfg, images, memory, before)
+            trials.append(_try(trainer, cfg, images, memory, before))
         except torch.OutOfMemoryError as error:
-            if trial is None:
+            if not trials:
                 raise InputError(f"model.arch={cfg.model.arch}: the device's memory is too small") from error
-            return trial, f"{images:,} do not fit the memory: raise engine.accumulation_steps"
-    assert trial is not None
-    return trial, ""
+            return trainer, trials, f"{images:,} do not fit the memory: raise engine.accumulation_steps"
+    return trainer, trials, ""
+
+
+def _kept(cfg: Config, trainer: Trainer, trial: Trial) -> Kept:
+    """Bytes of an image that the blocks keep, for each checkpointing that the engine could have."""
+    if not _can_choose(cfg):
+        return {cfg.engine.activation_checkpointing: 0.0}
+    images = min(trial.images, cfg.data.group_size)
+    small = replace(cfg, data=replace(cfg.data, group_size=images))
+    kept = kept_memory(trainer.engine, next(_batches(small, trainer.engine.device, images, 1)))
+    return {mode: kept.peak(mode) / images for mode in MODES}
+
+
+def _can_choose(cfg: Config) -> bool:
+    """Compiled blocks keep what the compiler decides, and DeepSpeed's engine has no checkpointing of ours."""
+    return not cfg.engine.compile and cfg.engine.kind != "deepspeed"
 
 
 def _sizes(cfg: Config) -> list[int]:
@@ -273,6 +271,47 @@ def _recipe_rows(cfg: Config, trial: Trial, ceiling: float) -> Iterator[Row]:
     yield "the recipe", f"{cfg.run.steps:,} steps: {_duration(total)}, {total / 3600:,.1f} device-hours here"
     later = f", the randomized heads from step {cfg.rmlp.start_step:,} on" if cfg.rmlp.start_step else ""
     yield "not included", f"reading and augmenting images, checkpoints, logs, k-NN{later}"
+
+
+def _choice_rows(cfg: Config, choice: Choice, trials: Sequence[Trial], free: int) -> Iterator[Row]:
+    """The fastest setting that fits, and what of it is measured."""
+    best, own, by = choice.best, choice.own, f"of {choice.tried} by estimate"
+    if best is None:
+        least = f"{choice.smallest} takes about {_size(choice.smallest.peak)}, {_size(free)} are free"
+        lower = (
+            "data.group_size, data.local_crops.number, the heads' prototypes or rmlp.outputs, or model.arch"
+        )
+        yield "fits", f"none {by}: {least}; lower {lower}"
+    else:
+        sizes = f"(estimated peak {_size(best.peak)} of {_size(free)} free)"
+        if best == own:
+            yield "fits", f"{best} {sizes}: the recipe's own, the fastest {by}"
+        else:
+            yield "fits", f"{best} {sizes}; fastest {by}; {_gain(choice, free)}"
+    yield "estimated from", _origin(cfg, trials)
+
+
+def _gain(choice: Choice, free: int) -> str:
+    """What the advised setting has over the recipe's own."""
+    best, own = choice.best, choice.own
+    assert best is not None
+    if own.peak > USABLE * free:
+        return f"the recipe's own, {own}, would take about {_size(own.peak)}"
+    gain = 100 * (1 - best.seconds / own.seconds)
+    return f"about {gain:.0f} % less time a step than the recipe's own, {own}"
+
+
+def _origin(cfg: Config, trials: Sequence[Trial]) -> str:
+    """What was measured and what was not."""
+    sizes = " and ".join(f"{trial.images:,}" for trial in trials[-2:])
+    mode = cfg.engine.activation_checkpointing
+    measured = f"measured: time and peak with {sizes} images in a forward and {mode}, on one device"
+    if not _can_choose(cfg):
+        why = "engine.compile" if cfg.engine.compile else "engine.kind=deepspeed"
+        return f"{measured}; other checkpointing left out because of {why}"
+    again = f"its time from the forward's, for selective {SELECTIVE:.2g} of full's (assumed)"
+    counted = "counted: what blocks keep with other checkpointing"
+    return f"{measured}; {counted}; {again}; no other setting was run"
 
 
 def _caution_rows(device: torch.device) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from pretrain.dry_run import Trainer, Trial, _refusal, _sizes
 from pretrain.errors import InputError
 from pretrain.export import write_export
 from pretrain.export.transform import Order, convert
+from pretrain.run.fastest_setting import Choice, Estimate
 from pretrain.run.footprint import footprint
 from pretrain.run.profiling import PhaseTimer
 from pretrain.train import train_step
@@ -100,7 +101,7 @@ def test_a_micro_batch_that_would_not_fit_is_not_tried():
     trial = Trial(2, 1, phases, 0.5, 120 * 2**20, base=100 * 2**20, activations=50 * 2**20, peak=0)
     assert trial.bytes(8) == 300 * 2**20
     assert trial.bytes(0) == 120 * 2**20  # gradients, once the activations are gone
-    need = (300 * 2**20 + (1024 - 8) * 4 * 3 * (2 * 32**2 + 3 * 16**2)) / 2**20  # MiB; 4 x 3 bytes a pixel
+    need = (300 * 2**20 + (1024 - 8) * 3 * (2 * 32**2 + 3 * 16**2)) / 2**20  # MiB; 3 bytes a pixel
     refusal = _refusal(cfg, trial, 8, free=int(need * 2**20))
     assert refusal.startswith(f"8 would take about {need:.0f} MiB, {need:.0f} MiB are free: raise")
     whole_group = replace(cfg, data=replace(cfg.data, group_size=8))
@@ -153,3 +154,36 @@ def test_the_steps_are_those_of_training():
     expected = theirs.engine.state_dict()
     for part, named in mine.engine.state_dict().items():
         assert all(torch.equal(value, expected[part][name]) for name, value in named.items())
+
+
+def test_it_names_the_fastest_setting_that_fits(capsys):
+    cfg = small_config()
+    full = replace(cfg, engine=replace(cfg.engine, activation_checkpointing="full"))
+    rows = run(full, capsys)
+    assert rows["fits"].startswith("engine.activation_checkpointing=")
+    assert "of 6 by estimate" in rows["fits"] and "(estimated peak " in rows["fits"]
+    assert "images in a forward and full, on one device; counted: " in rows["estimated from"]
+    other = replace(cfg, engine=replace(cfg.engine, kind="deepspeed"))
+    rows = run(other, capsys)
+    assert "of 2 by estimate" in rows["fits"]
+    assert "left out because of engine.kind=deepspeed" in rows["estimated from"]
+
+
+def test_it_says_what_to_lower_and_what_the_recipe_would_take():
+    own = Estimate("none", 1, 40 * 2**30, 1.0)
+    best = Estimate("selective", 2, 21 * 2**30, 1.2)
+    trial = Trial(8, 1, {"draw": 0.0, "optimizer": 0.0}, 1.0, 0, 0, 0, 0)
+
+    def fits(chosen):
+        rows = dict(dry_run._choice_rows(small_config(), Choice(chosen, own, best, 6), [trial], 24 * 2**30))
+        return rows["fits"]
+
+    assert fits(best) == (
+        "engine.activation_checkpointing=selective engine.accumulation_steps=2 "
+        "(estimated peak 21.0 GiB of 24.0 GiB free); fastest of 6 by estimate; "
+        "the recipe's own, engine.activation_checkpointing=none "
+        "engine.accumulation_steps=1, would take about 40.0 GiB"
+    )
+    assert fits(own).endswith("free): the recipe's own, the fastest of 6 by estimate")
+    assert fits(None).startswith("none of 6 by estimate: engine.activation_checkpointing=selective ")
+    assert "are free; lower data.group_size, data.local_crops.number" in fits(None)

@@ -51,10 +51,10 @@ def footprint(cfg: Config) -> Footprint:
 
 
 def crop_bytes(cfg: Config) -> int:
-    """Bytes of one image's normalised crops; a step holds those of all its micro-batches at once."""
+    """Bytes of one image's crops as uint8; a step holds those of all its micro-batches at once."""
     data = cfg.data
     pixels = 2 * data.global_crops.size**2 + data.local_crops.number * data.local_crops.size**2
-    return FP32 * cfg.model.in_channels * pixels
+    return cfg.model.in_channels * pixels
 
 
 def used_memory(device: torch.device) -> int:
