@@ -175,7 +175,7 @@ class Ours:
         self.engine.update_teacher(values.momentum)
         mark("EMA")
         logged = {**terms.parts, **{f"grad_norm_{name}": norm for name, norm in result.grad_norms.items()}}
-        self.observed = student, outputs, targets  # the loop keeps them through the next step
+        self.observed = student, outputs, targets[0].let_go()  # the loop keeps them through the next step
         for name, value in logged.items():
             self.sums[name] = self.sums.get(name, 0) + torch.where(result.good, value, 0.0)
         mark("log")
@@ -260,8 +260,9 @@ def peak_memory_in_child(name: str) -> int:
 class Cost:
     """Floating-point operations of a step's matrix products, 2 for each multiply-add.
 
-    Student with its backward (twice the forward) on all tokens of all crops, teacher on the global crops,
-    heads on class tokens and masked patches alone. No gradient reaches the images or the matrices of an RMLP.
+    Student with its backward (twice the forward) on all tokens of all crops, teacher on the global crops; the
+    last feed-forward layer and the heads on class tokens and masked patches alone, which is all that the
+    losses read. No gradient reaches the images or the matrices of an RMLP.
     Element-wise work, KoLeo and what is computed a second time count nothing.
     """
 
@@ -283,16 +284,21 @@ class Cost:
         embed = [crops * (length - 1) * patch for crops, length in self.groups]
         student = sum(self.blocks(*group, drop=True) for group in self.groups)
         factor = 3 if self.cfg.dino_head.kind == "mlp" else 2
-        rows = factor * (self.groups[1][0] + self.rows) + self.rows
+        local = self.groups[1][0]
+        rows = factor * (local + self.rows) + self.rows
         head = 2 * sum(n * m for n, m in pairwise(self.widths))
-        return 3 * student + self.blocks(*self.groups[0]) + 3 * embed[0] + 2 * embed[1] + rows * head
+        last = (3 * (local + self.rows) + self.rows) * self.ffn()
+        return 3 * student + self.blocks(*self.groups[0]) + 3 * embed[0] + 2 * embed[1] + last + rows * head
 
     def blocks(self, crops: int, length: int, drop: bool = False) -> float:
-        """Forward; a token costs 8 D^2 in qkv and proj, 4 N D in scores and mixing, and the feed-forward."""
-        matrices = 3 if self.model.ffn_layer == "swiglu" else 2
-        ffn = 2 * matrices * self.dim * ffn_hidden_dim(self.model)
-        kept = sum(kept_rows(rate, crops) if drop else crops for rate in drop_path_rates(self.model))
-        return kept * length * (8 * self.dim**2 + 4 * length * self.dim + ffn)
+        """Forward but for the last feed-forward layer; a token costs 8 D^2 in qkv, proj and 4 N D mixing."""
+        kept = [kept_rows(rate, crops) if drop else crops for rate in drop_path_rates(self.model)]
+        attention = 8 * self.dim**2 + 4 * length * self.dim
+        return length * (sum(kept) * attention + sum(kept[:-1]) * self.ffn())
+
+    def ffn(self) -> float:
+        """A token's feed-forward layer."""
+        return 2 * (3 if self.model.ffn_layer == "swiglu" else 2) * self.dim * ffn_hidden_dim(self.model)
 
 
 def matrix_ceiling(cost: Cost, device: torch.device) -> tuple[float, Sequence[int]]:

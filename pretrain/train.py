@@ -247,7 +247,8 @@ def train_step(
         result = engine.step()  # a bad step changes nothing: see engines/guard.py
         method.commit(result.good)
         engine.update_teacher(values.momentum)
-    return result, Observation(losses, layer_norms, student, outputs[-1], targets[-1], micro_batches[-1])
+    seen = targets[-1].let_go()  # rows of K values would stay through the next step
+    return result, Observation(losses, layer_norms, student, outputs[-1], seen, micro_batches[-1])
 
 
 def due(run: Run, every: int) -> bool:

@@ -20,7 +20,7 @@ class Prototypes(nn.Module):
 
     def forward(self) -> Tensor:
         """The weight-normed matrix (K, b)."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # one pass, and one in the backward
 
 
 class MlpHead(nn.Module):

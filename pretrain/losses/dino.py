@@ -3,32 +3,40 @@
 import torch
 from torch import Tensor
 
-
-def cross_entropy(logits: Tensor, targets: Tensor, temp: float) -> Tensor:
-    """-sum_k t_k log softmax(s / temp)_k per row, for targets that sum to any constant: (..., K) to (...)."""
-    scaled = logits / temp
-    return targets.sum(-1) * torch.logsumexp(scaled, dim=-1) - (targets * scaled).sum(-1)
+from pretrain.losses.cross_entropy import TargetRows
 
 
-def dino_losses(
-    student_global: Tensor, student_local: Tensor, targets: Tensor, temp: float
-) -> tuple[Tensor, Tensor]:
-    """The global and the local term, each weighted so that their sum is the mean over all crop pairs.
+def dino_targets(teacher: Tensor, num_local: int) -> TargetRows:
+    """The targets of the student's crops, the global ones first, crop-major.
 
-    Each student crop predicts the target of every teacher crop other than itself: 2 global pairs and 2 L
-    local ones per image. Cross-entropy is linear in its target, so a local crop meets the sum of both targets
-    once.
+    Each student crop predicts the target of every teacher crop other than itself. Cross-entropy is linear in
+    its target, so a local crop meets the sum of both targets once.
 
     Args:
-        student_global: (2, B, K) logits.
-        student_local: (L, B, K) logits.
-        targets: (2, B, K) teacher probabilities.
-        temp: student temperature.
+        teacher: (2, B, K) probabilities.
+        num_local: local crops an image, L.
+
+    Returns:
+        (2 B + L B) rows.
+    """
+    size = teacher.shape[1]
+    table = torch.cat([teacher.flip(0), teacher.sum(0, keepdim=True)]).flatten(0, 1)  # (3 B, K)
+    places = torch.arange(3 * size, device=table.device)
+    index = torch.cat([places[: 2 * size], places[2 * size :].repeat(num_local)])
+    return TargetRows(len(index), lambda block: table[index[block]])
+
+
+def dino_losses(global_terms: Tensor, local_terms: Tensor) -> tuple[Tensor, Tensor]:
+    """The global and the local term, each weighted so that their sum is the mean over all crop pairs.
+
+    There are 2 global pairs and 2 L local ones per image.
+
+    Args:
+        global_terms: (2, B) cross-entropies of the global crops.
+        local_terms: (L, B) of the local crops, with the sum of both targets.
 
     Returns:
         (global term, local term), scalars.
     """
-    num_pairs = 2 + 2 * len(student_local)
-    global_terms = cross_entropy(student_global, targets.flip(0), temp)  # (2, B)
-    local_terms = cross_entropy(student_local, targets.sum(0), temp)  # (L, B)
+    num_pairs = 2 + 2 * len(local_terms)
     return global_terms.mean(1).sum() / num_pairs, local_terms.mean(1).sum() / num_pairs

@@ -108,17 +108,18 @@ class SSLBranch(nn.Module):
         if self.role == "student":
             groups = self._student_features(batch)
         else:
-            groups = self.backbone([self._pixels(batch.global_crops)])
+            groups = self.backbone([self._pixels(batch.global_crops)], patches=[batch.mask_indices])
         cls_global = groups[0].cls
-        patches = groups[0].patches.flatten(0, 1).index_select(0, batch.mask_indices)
-        dino, ibot = self._project(torch.cat([group.cls for group in groups]), patches)
-        return {
+        dino, ibot = self._project(torch.cat([group.cls for group in groups]), groups[0].patches)
+        output = {
             "cls": cls_global,
             "dino_features": dino.features,
             "dino_prototypes": dino.prototypes,
             "ibot_features": ibot.features,
-            "ibot_prototypes": ibot.prototypes,
         }
+        if ibot.prototypes is not dino.prototypes:
+            output["ibot_prototypes"] = ibot.prototypes
+        return output
 
     def _pixels(self, crops: Tensor) -> Tensor:
         """Crops as the backbone takes them; float ones are normalised already."""
@@ -133,6 +134,7 @@ class SSLBranch(nn.Module):
             [batch.masks, None],
             drop_rows,
             batch.num_images // batch.group_size,
+            [batch.mask_indices, batch.mask_indices[:0]],
         )
         return features
 
@@ -164,9 +166,10 @@ def _joined(trainable: Projection | None, randomized: Projection | None, share: 
 
 
 def branch_output(tensors: dict[str, Tensor]) -> BranchOutput:
-    """The typed view of what `SSLBranch.forward` returns."""
+    """The typed view of what `SSLBranch.forward` returns; a shared head's prototypes are one tensor in it."""
+    prototypes = tensors["dino_prototypes"]
     return BranchOutput(
         tensors["cls"],
-        Projection(tensors["dino_features"], tensors["dino_prototypes"]),
-        Projection(tensors["ibot_features"], tensors["ibot_prototypes"]),
+        Projection(tensors["dino_features"], prototypes),
+        Projection(tensors["ibot_features"], tensors.get("ibot_prototypes", prototypes)),
     )

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from pretrain.batch import Batch
 from pretrain.config.derived import ibot_head, signal_outputs
 from pretrain.config.schema import Config, HeadConfig
-from pretrain.losses.centering import SoftmaxCenter, Target, sinkhorn_offset
-from pretrain.losses.dino import dino_losses
+from pretrain.losses.centering import SoftmaxCenter, Target
+from pretrain.losses.cross_entropy import TargetRows, cross_entropy
+from pretrain.losses.dino import dino_losses, dino_targets
 from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
+from pretrain.losses.sinkhorn import sinkhorn_targets
 from pretrain.method.outputs import BranchOutput, LossTerms, Targets
 from pretrain.projection import Projection
 
@@ -60,25 +62,23 @@ class DinoV2(nn.Module):
         dino = [out.dino for out in outputs]
         ibot = [out.ibot for out in outputs]
         ones = [torch.ones(len(p.features), device=p.features.device) for p in dino]
-        dino_offset = self._offset("dino", dino, ones, temp, step)
-        ibot_offset = self._offset("ibot", ibot, list(weights), temp, step)
-        return [
-            Targets(Target(d, dino_offset, temp), Target(i, ibot_offset, temp))
-            for d, i in zip(dino, ibot, strict=True)
-        ]
+        dino_targets = self._targets("dino", dino, ones, temp, step)
+        ibot_targets = self._targets("ibot", ibot, list(weights), temp, step)
+        return [Targets(d, i) for d, i in zip(dino_targets, ibot_targets, strict=True)]
 
-    def _offset(
+    def _targets(
         self, loss: str, projections: list[Projection], weights: list[Tensor], temp: float, step: int
-    ) -> Tensor:
+    ) -> list[Target]:
         if self.cfg.centering == "sinkhorn":
             # A randomized head's other outputs hold noise, which Sinkhorn would fill with most of the mass;
             # a mixture's hold the trainable head's logits.
             alone = self.kinds[loss] == "rmlp" and step >= self.rmlp_start
             outputs = self.rmlp_outputs if alone else None
-            return sinkhorn_offset(projections, weights, temp, self.cfg.sinkhorn_iterations, outputs)
+            return sinkhorn_targets(projections, weights, temp, self.cfg.sinkhorn_iterations, outputs)
         randomized = f"{loss}_rmlp"
         in_use = randomized if randomized in self.centers and step >= self.rmlp_start else loss
-        return cast(SoftmaxCenter, self.centers[in_use]).offset(projections, weights, temp)
+        offset = cast(SoftmaxCenter, self.centers[in_use]).offset(projections, weights, temp)
+        return [Target(p, offset, temp) for p in projections]
 
     @torch.no_grad()
     def commit(self, good: Tensor) -> None:
@@ -89,18 +89,11 @@ class DinoV2(nn.Module):
     def losses(self, student: BranchOutput, targets: Targets, batch: Batch) -> LossTerms:
         """The loss of one micro-batch and its unweighted parts."""
         size, groups = batch.num_images, batch.num_images // batch.group_size
-        temp = self.cfg.student_temp
-
-        global_rows, local_rows = student.dino.split([2 * size, len(batch.local_crops)])
+        dino_terms, ibot_terms = self._cross_entropies(student, targets, batch)
         dino_global, dino_local = dino_losses(
-            global_rows.logits().unflatten(0, (2, size)),
-            local_rows.logits().unflatten(0, (-1, size)),
-            targets.dino.probabilities().unflatten(0, (2, size)),
-            temp,
+            dino_terms[: 2 * size].unflatten(0, (2, size)), dino_terms[2 * size :].unflatten(0, (-1, size))
         )
-        ibot = ibot_loss(
-            student.ibot.logits(), targets.ibot.probabilities(), batch.mask_weights, len(batch.masks), temp
-        )
+        ibot = ibot_loss(ibot_terms, batch.mask_weights, len(batch.masks))
         koleo = (
             koleo_loss(student.cls.unflatten(0, (2, groups, batch.group_size))).mean(1).sum()
         )  # crops summed
@@ -113,3 +106,14 @@ class DinoV2(nn.Module):
         )
         parts = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
         return LossTerms(total, {"total": total.detach(), **{k: v.detach() for k, v in parts.items()}})
+
+    def _cross_entropies(self, student: BranchOutput, targets: Targets, batch: Batch) -> list[Tensor]:
+        """The loss of each class token (2 B + L B,) and of each masked patch (M,)."""
+        size, temp = batch.num_images, self.cfg.student_temp
+        teacher = targets.dino.probabilities().unflatten(0, (2, size))
+        dino, ibot = dino_targets(teacher, len(batch.local_crops) // size), targets.ibot.rows()
+        if student.dino.prototypes is not student.ibot.prototypes:
+            pairs: list[tuple[Projection, TargetRows]] = [(student.dino, dino), (student.ibot, ibot)]
+            return [cross_entropy(projection, [rows], temp) for projection, rows in pairs]
+        both = Projection(torch.cat([student.dino.features, student.ibot.features]), student.dino.prototypes)
+        return [*cross_entropy(both, [dino, ibot], temp).split([dino.number, ibot.number])]

@@ -48,6 +48,10 @@ class Targets:
     dino: Target  # (G*B) rows
     ibot: Target  # (M) rows
 
+    def let_go(self) -> "Targets":
+        """The same targets without rows of K values."""
+        return Targets(self.dino.let_go(), self.ibot.let_go())
+
 
 @dataclass(frozen=True)
 class Observation:

@@ -69,11 +69,26 @@ class Block(nn.Module):
         self.mlp = build_ffn(ffn_layer, dim, ffn_hidden_dim)  # type: ignore[arg-type]
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, layout: Layout, subsets: tuple[Subset, Subset] | None = None) -> Tensor:
-        """(T, D) to (T, D); with `subsets`, each branch runs on its own subset of the sequences."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        subsets: tuple[Subset, Subset] | None = None,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """(T, D) to (T, D); with `subsets`, each branch runs on its own subset of the sequences.
+
+        With `used`, rows (U,) of x, the feed-forward branch runs on these alone, and the output is (U, D).
+        """
         attention, ffn = subsets if subsets is not None else (None, None)
         x = _residual(x, layout, attention, lambda y, lay: self.ls1(self.attn(self.norm1(y), lay)))
-        return _residual(x, layout, ffn, lambda y, lay: self.ls2(self._feed_forward(self.norm2(y), lay)))
+        if used is not None and not self.register_neurons:
+            factors = None if ffn is None else ffn.factors(len(x)).index_select(0, used)
+            x = x.index_select(0, used)
+            update = self.ls2(self.mlp(self.norm2(x)))
+            return x + (update if factors is None else (update * factors).to(x.dtype))
+        x = _residual(x, layout, ffn, lambda y, lay: self.ls2(self._feed_forward(self.norm2(y), lay)))
+        return x if used is None else x.index_select(0, used)
 
     def _feed_forward(self, x: Tensor, layout: Layout) -> Tensor:
         if not self.register_neurons:

@@ -50,6 +50,27 @@ class Subset:
     scale: Tensor  # (T', 1) float32
     layout: Layout
 
+    def factors(self, tokens: int) -> Tensor:
+        """What the branch of each of all tokens is multiplied by, (tokens, 1): 0 where it does not run."""
+        return self.scale.new_zeros(tokens, 1).index_copy(0, self.tokens, self.scale)
+
+
+def used_tokens(layout: Layout, patches: Sequence[Tensor], prefix: int) -> Tensor:
+    """Rows of the packed tensor: all class tokens, group after group, then the given patches of each group.
+
+    Args:
+        layout: the packed sequences.
+        patches: (M,) int64 per group, into its patches one sequence after another.
+        prefix: tokens of a sequence before its patches.
+    """
+    first, some, offset = [], [], 0
+    for count, length, indices in zip(layout.counts, layout.lengths, patches, strict=True):
+        first.append(torch.arange(count, device=indices.device) * length + offset)
+        sequence = indices.div(length - prefix, rounding_mode="floor")
+        some.append(indices + (sequence + 1) * prefix + offset)
+        offset += count * length
+    return torch.cat([*first, *some])
+
 
 def _token_rows(rows: Tensor, offset: int, length: int) -> Tensor:
     """Sequence rows (..., kept) to token rows (..., kept * length) of the packed tensor."""

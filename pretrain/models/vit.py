@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, position_grid, prefix_tokens, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.models.attention import Backend
 from pretrain.models.block import Block
-from pretrain.models.packing import Subset, drop_path_subsets, pack, unpack
+from pretrain.models.packing import Layout, Subset, drop_path_subsets, pack, unpack, used_tokens
 from pretrain.models.pos_embed import interpolate_pos_embed
 from pretrain.models.register_neurons import neurons_of
 
@@ -25,7 +26,19 @@ class Features(NamedTuple):
 
     cls: Tensor  # (B, D)
     registers: Tensor  # (B, R, D), the test-time register last
-    patches: Tensor  # (B, N, D)
+    patches: Tensor  # (B, N, D), or (M, D) where only some were asked for
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose windows do not overlap is a linear layer on them, which CPUs do faster."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, S, S') to (B, N, D), row by row; what is left over at the edges is cut off."""
+        size = self.kernel_size[0]
+        rows, columns = (pixels // size for pixels in images.shape[-2:])
+        x = images[..., : rows * size, : columns * size].unflatten(-1, (columns, size))
+        x = x.unflatten(-3, (rows, size)).permute(0, 2, 4, 1, 3, 5)  # (B, rows, columns, C, size, size)
+        return linear(x.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -33,11 +46,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, dim: int, patch_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, S, S') to (B, N, D), row by row."""
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return self.proj(images)
 
 
 class VisionTransformer(nn.Module):
@@ -104,6 +117,7 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None] | None = None,
         drop_rows: Sequence[Tensor] | None = None,
         num_shares: int = 1,
+        patches: Sequence[Tensor] | None = None,
     ) -> list[Features]:
         """Normed features of each group of images.
 
@@ -113,14 +127,20 @@ class VisionTransformer(nn.Module):
             drop_rows: one (depth, 2, kept) per group, see `drop_path_subsets`; None runs every branch on all
                 images.
             num_shares: independent draws that `drop_rows` concatenates.
+            patches: one (M_i,) int64 per group, into its B_i * N_i patches: all that is asked for besides the
+                class tokens. The last block then works on these tokens alone, and `Features` has no registers
+                and (M_i, D) patches.
         """
         masks = masks if masks is not None else [None] * len(images)
         x, layout = pack([self.embed(i, m) for i, m in zip(images, masks, strict=True)])
         subsets: Sequence[tuple[Subset, Subset] | None] = [None] * len(self.blocks)
         if drop_rows is not None:
             subsets = drop_path_subsets(drop_rows, self.drop_path_rates, layout, num_shares)
-        for block, subset in zip(self.blocks, subsets, strict=True):
-            x = block(x, layout, subset)
+        used = None if patches is None else used_tokens(layout, patches, prefix_tokens(self.cfg))
+        for index, (block, subset) in enumerate(zip(self.blocks, subsets, strict=True)):
+            x = block(x, layout, subset, used if index == len(self.blocks) - 1 else None)
+        if patches is not None:
+            return _used_features(self.norm(x), layout, patches)
         return [self._features(group) for group in unpack(self.norm(x), layout)]
 
     def intermediate_features(self, images: Tensor, layers: Sequence[int]) -> list[Features]:
@@ -136,3 +156,11 @@ class VisionTransformer(nn.Module):
     def _features(self, tokens: Tensor) -> Features:
         prefix = prefix_tokens(self.cfg)
         return Features(tokens[:, 0], tokens[:, 1:prefix], tokens[:, prefix:])
+
+
+def _used_features(tokens: Tensor, layout: Layout, patches: Sequence[Tensor]) -> list[Features]:
+    """The features of each group from the tokens (U, D) that `used_tokens` lists."""
+    parts = tokens.split([*layout.counts, *[len(indices) for indices in patches]])
+    groups = len(layout.counts)
+    pairs = zip(parts[:groups], parts[groups:], strict=True)
+    return [Features(cls, cls.unsqueeze(1)[:, :0], some) for cls, some in pairs]

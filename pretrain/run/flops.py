@@ -7,6 +7,7 @@ twice to save memory. For one image:
     backbone, student   3 x forward of 2 global and L local crops (backward = 2 x forward), times the share
                         of sequences that drop path keeps; 2 x for the patch embedding, which passes none on
     backbone, teacher   1 x forward of 2 global crops
+    last block          its feed-forward layer on class tokens and masked patches alone; nothing reads others
     heads, student      3 x forward of 2 + L class tokens and the masked patches; 2 x for randomized heads,
                         whose weights need no gradient; a mixture is both, with one product for its logits
     heads, teacher      1 x forward of 2 class tokens and the same patches
@@ -42,35 +43,46 @@ def flops_per_image(cfg: Config) -> Flops:
 
 
 def _backbone(cfg: Config) -> float:
-    data, group = cfg.data, cfg.data.group_size
-    large = _crop(cfg.model, data.global_crops.size)
-    small = _crop(cfg.model, data.local_crops.size)
+    data, model, group = cfg.data, cfg.model, cfg.data.group_size
+    large, small = _crop(model, data.global_crops.size), _crop(model, data.local_crops.size)
     student = 0.0
     for number, crop in ((2, large), (data.local_crops.number, small)):
-        student += number * (2 * crop.embedding + 3 * crop.block * _kept_blocks(cfg.model, number * group))
-    return student + 2 * (large.embedding + vit_shape(cfg.model).depth * large.block)
+        attention, ffn = _kept_blocks(model, number * group)
+        student += number * (2 * crop.embedding + 3 * (attention * crop.attention + ffn * crop.ffn))
+    depth = vit_shape(model).depth
+    teacher = 2 * (large.embedding + depth * large.attention + (depth - 1) * large.ffn)
+    used = 3 * (2 + data.local_crops.number + masked_patches(cfg)) + 2 + masked_patches(cfg)
+    return student + teacher + used * _ffn_per_token(model)
 
 
 class _Crop(NamedTuple):
     """Forward operations for one crop."""
 
     embedding: float
-    block: float
+    attention: float  # of a block
+    ffn: float  # of a block
 
 
 def _crop(model: ModelConfig, size: int) -> _Crop:
     dim = vit_shape(model).embed_dim
     patches = (size // model.patch_size) ** 2
     tokens = prefix_tokens(model) + patches
-    ffn_weights = (3 if model.ffn_layer == "swiglu" else 2) * dim * ffn_hidden_dim(model)
-    linears = tokens * (8 * dim**2 + 2 * ffn_weights)
     embedding = 2 * patches * model.in_channels * model.patch_size**2 * dim
-    return _Crop(embedding, linears + 4 * tokens**2 * dim)
+    attention = tokens * 8 * dim**2 + 4 * tokens**2 * dim
+    return _Crop(embedding, attention, tokens * _ffn_per_token(model))
 
 
-def _kept_blocks(model: ModelConfig, count: int) -> float:
-    """Blocks that a sequence runs through on average, `count` sequences sharing a drop-path subset."""
-    return sum(kept_rows(rate, count) / count if rate else 1.0 for rate in drop_path_rates(model))
+def _ffn_per_token(model: ModelConfig) -> float:
+    return 2 * (3 if model.ffn_layer == "swiglu" else 2) * vit_shape(model).embed_dim * ffn_hidden_dim(model)
+
+
+def _kept_blocks(model: ModelConfig, count: int) -> tuple[float, float]:
+    """Attention layers, and feed-forward layers but the last, that a sequence runs through on average.
+
+    `count` sequences share a drop-path subset.
+    """
+    shares = [kept_rows(rate, count) / count if rate else 1.0 for rate in drop_path_rates(model)]
+    return sum(shares), sum(shares[:-1])
 
 
 def _heads(cfg: Config) -> float:

@@ -37,6 +37,7 @@ class Refuse:  # a spec is found, for torch asks which packages exist; loading i
 sys.meta_path.insert(0, Refuse())
 """
 COUNT = """
+from pretrain.method.branch import branch_output
 from step import Cost, SSLBranch, configuration, initial_weights, parse, random_batch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,7 +49,7 @@ with FlopCounterMode(display=False) as counter:
         branch.load_state_dict(initial_weights(cfg))
         branch.begin_step(0)
         out = branch(batch)
-        logits = [out[f"{loss}_features"] @ out[f"{loss}_prototypes"].t() for loss in ("dino", "ibot")]
+        logits = [projection.logits() for projection in branch_output(out)[1:]]
     sum(part.sum() for part in logits).backward()
 print(Cost(cfg, len(batch.mask_indices)).total() / counter.get_total_flops())
 """

@@ -7,10 +7,12 @@ import torch.multiprocessing as mp
 
 from pretrain.config.schema import RmlpConfig
 from pretrain.heads import RmlpHead
-from pretrain.losses.centering import SoftmaxCenter, Target, sinkhorn_offset
-from pretrain.losses.dino import dino_losses
+from pretrain.losses.centering import SoftmaxCenter, Target
+from pretrain.losses.cross_entropy import TargetRows, cross_entropy
+from pretrain.losses.dino import dino_losses, dino_targets
 from pretrain.losses.ibot import ibot_loss
 from pretrain.losses.koleo import koleo_loss
+from pretrain.losses.sinkhorn import sinkhorn_targets
 from pretrain.projection import Projection
 
 GOOD = torch.tensor(True)
@@ -22,6 +24,35 @@ def random(*shape, seed=0):
 
 def naive_cross_entropy(target, logits, temp):
     return -(target * (logits / temp).log_softmax(-1)).sum()
+
+
+def given(targets):
+    return TargetRows(len(targets), lambda block: targets[block])
+
+
+def row_losses(logits, targets):
+    return cross_entropy(Projection(logits, torch.eye(logits.shape[1])), [targets], 0.1)
+
+
+@pytest.mark.parametrize(("cached", "product"), [(1, 10**6), (200, 300), (10**6, 10**6)])
+def test_cross_entropy_and_its_gradients_equal_autograd_s(monkeypatch, cached, product):
+    monkeypatch.setattr("pretrain.losses.blocks.CACHED_BYTES", cached)
+    monkeypatch.setattr("pretrain.losses.cross_entropy.PRODUCT_BYTES", product)
+    targets, outer = random(12, 8, seed=1).softmax(-1) * torch.arange(12).unsqueeze(1), random(12, seed=2)
+    factors = random(12, 5).requires_grad_(), random(8, 5, seed=3).requires_grad_()
+    logits = factors[0] @ factors[1].t()
+    naive = torch.stack([naive_cross_entropy(*pair, 0.1) for pair in zip(targets, logits, strict=True)])
+    mine = cross_entropy(Projection(*factors), [given(part) for part in targets.split([5, 0, 7])], 0.1)
+    torch.testing.assert_close(mine, naive)
+    expected = torch.autograd.grad(naive, factors, outer)
+    torch.testing.assert_close(torch.autograd.grad(mine, factors, outer), expected)
+
+
+def test_drawn_prototypes_get_no_gradient():
+    features, prototypes = random(3, 5).requires_grad_(), random(8, 5)
+    loss = cross_entropy(Projection(features, prototypes), [given(random(3, 8).softmax(-1))], 0.1)
+    loss.sum().backward()
+    assert features.grad.any() and prototypes.grad is None
 
 
 def test_dino_loss_is_the_mean_over_crop_pairs():
@@ -36,7 +67,9 @@ def test_dino_loss_is_the_mean_over_crop_pairs():
             for b in range(3)
         ]
     num_pairs = len(pairs_global) + len(pairs_local)
-    global_term, local_term = dino_losses(student_global, student_local, targets, 0.1)
+    rows = torch.cat([student_global, student_local]).flatten(0, 1)
+    terms = row_losses(rows, dino_targets(targets, 4)).unflatten(0, (6, 3))
+    global_term, local_term = dino_losses(terms[:2], terms[2:])
     torch.testing.assert_close(global_term, sum(pairs_global) / num_pairs)
     torch.testing.assert_close(local_term, sum(pairs_local) / num_pairs)
 
@@ -50,17 +83,14 @@ def test_ibot_loss_weighs_images_equally_and_counts_unmasked_ones():
         / owner.count(crop)
         for crop in (0, 2)
     ]
-    torch.testing.assert_close(ibot_loss(student, targets, weights, 4, 0.1), sum(per_crop) / 4)
+    terms = row_losses(student, given(targets))
+    torch.testing.assert_close(ibot_loss(terms, weights, 4), sum(per_crop) / 4)
 
 
 def test_ibot_loss_ignores_padding():
-    student, targets, weights = random(5, 8), random(5, 8, seed=1).softmax(-1), torch.full((5,), 0.2)
-    padded = (
-        torch.cat([student, random(2, 8)]),
-        torch.cat([targets, targets[:2]]),
-        torch.cat([weights, torch.zeros(2)]),
-    )
-    torch.testing.assert_close(ibot_loss(*padded, 4, 0.1), ibot_loss(student, targets, weights, 4, 0.1))
+    terms, weights = random(5), torch.full((5,), 0.2)
+    padded = torch.cat([terms, random(2, seed=1)]), torch.cat([weights, torch.zeros(2)])
+    torch.testing.assert_close(ibot_loss(*padded, 4), ibot_loss(terms, weights, 4))
 
 
 def test_koleo_against_a_loop_in_each_group():
@@ -89,6 +119,10 @@ def projections(rows, prototypes=12, seed=0, scale=1.0):
     return Projection(random(rows, 6, seed=seed) * scale, random(prototypes, 6, seed=seed + 1))
 
 
+def offset_of(*args, **options):
+    return sinkhorn_targets(*args, **options)[0].offset
+
+
 def naive_sinkhorn(logits, temp, iterations):
     """DINOv2's three lines, in float64."""
     q = (logits.double() / temp).exp().t()
@@ -102,7 +136,7 @@ def naive_sinkhorn(logits, temp, iterations):
 @pytest.mark.parametrize("iterations", [1, 3, 10])
 def test_sinkhorn_equals_the_textbook_in_float64(iterations):
     projection = projections(20)
-    offset = sinkhorn_offset([projection], [torch.ones(20)], 0.5, iterations)
+    offset = offset_of([projection], [torch.ones(20)], 0.5, iterations)
     expected = naive_sinkhorn(projection.logits(), 0.5, iterations)
     torch.testing.assert_close(
         Target(projection, offset, 0.5).probabilities().double(), expected, rtol=1e-5, atol=1e-7
@@ -112,16 +146,31 @@ def test_sinkhorn_equals_the_textbook_in_float64(iterations):
 def test_sinkhorn_over_micro_batches_equals_sinkhorn_over_all():
     whole = projections(20)
     parts = whole.split([6, 9, 5])
-    one = sinkhorn_offset([whole], [torch.ones(20)], 0.3, 3)
-    many = sinkhorn_offset(parts, [torch.ones(6), torch.ones(9), torch.ones(5)], 0.3, 3)
+    one = offset_of([whole], [torch.ones(20)], 0.3, 3)
+    many = offset_of(parts, [torch.ones(6), torch.ones(9), torch.ones(5)], 0.3, 3)
     torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [None, 7])
+def test_sinkhorn_equals_itself_with_nothing_held(monkeypatch, outputs):
+    parts, weights = projections(20).split([6, 14]), [torch.ones(6), torch.tensor([0.5] * 11 + [0.0] * 3)]
+    held = sinkhorn_targets(parts, weights, 0.3, 3, outputs)
+    monkeypatch.setattr("pretrain.losses.blocks.CACHED_BYTES", 100)
+    monkeypatch.setattr("pretrain.losses.sinkhorn.PRODUCT_BYTES", 200)
+    computed = sinkhorn_targets(parts, weights, 0.3, 3, outputs, held_bytes=0)
+    for one, two in zip(held, computed, strict=True):
+        assert one.held is not None and two.held is None
+        expected = one.let_go().probabilities()
+        torch.testing.assert_close(one.held, expected)
+        torch.testing.assert_close(two.probabilities(), expected)
+        torch.testing.assert_close(one.rows().rows(slice(2, 4)), two.rows().rows(slice(2, 4)))
 
 
 def test_padding_enters_neither_sinkhorn_nor_the_centre():
     whole, weights = projections(20), torch.tensor([0.5] * 15 + [0.0] * 5)
     valid = whole.split([15, 5])[0]
-    padded = sinkhorn_offset([whole], [weights], 0.3, 3)
-    torch.testing.assert_close(padded, sinkhorn_offset([valid], [torch.ones(15)], 0.3, 3))
+    padded = offset_of([whole], [weights], 0.3, 3)
+    torch.testing.assert_close(padded, offset_of([valid], [torch.ones(15)], 0.3, 3))
     one, two = SoftmaxCenter(12, 0.9), SoftmaxCenter(12, 0.9)
     one.offset([whole], [weights], 0.1)
     two.offset([valid], [torch.ones(15)], 0.1)
@@ -136,23 +185,23 @@ def test_sinkhorn_is_finite_on_randomized_heads():
     head.begin_step(0)
     projection = head(torch.nn.functional.layer_norm(random(64, 384), (384,)))
     assert not torch.isfinite((projection.logits() / 0.04).exp()).all()
-    offset = sinkhorn_offset([projection], [torch.ones(64)], 0.04, 3)
+    offset = offset_of([projection], [torch.ones(64)], 0.04, 3)
     probabilities = Target(projection, offset, 0.04).probabilities()
     assert torch.isfinite(probabilities).all()
     torch.testing.assert_close(probabilities.sum(1), torch.ones(64))
     first = probabilities[:, :256].sum() / 64
     assert first < 0.5  # the mass goes to outputs that are noise, unless they are left out:
-    offset = sinkhorn_offset([projection], [torch.ones(64)], 0.04, 3, outputs=256)
+    offset = offset_of([projection], [torch.ones(64)], 0.04, 3, outputs=256)
     probabilities = Target(projection, offset, 0.04).probabilities()
     assert not probabilities[:, 256:].any()
     torch.testing.assert_close(probabilities.sum(1), torch.ones(64))
     alone = projection.first(256)
-    part = Target(alone, sinkhorn_offset([alone], [torch.ones(64)], 0.04, 3), 0.04)
+    part = Target(alone, offset_of([alone], [torch.ones(64)], 0.04, 3), 0.04)
     torch.testing.assert_close(probabilities[:, :256], part.probabilities())
 
 
 def test_sinkhorn_without_a_valid_row_has_no_offset():
-    assert sinkhorn_offset([projections(3)], [torch.zeros(3)], 0.3, 3).tolist() == [0.0] * 12
+    assert offset_of([projections(3)], [torch.zeros(3)], 0.3, 3).tolist() == [0.0] * 12
 
 
 def test_centre_follows_the_mean_and_acts_on_the_next_step():
@@ -186,7 +235,7 @@ def _rank(rank: int, store: str, results) -> None:
     center = SoftmaxCenter(12, 0.9)
     center.offset([part], weights, 0.3)
     center.commit(GOOD)
-    results[rank] = sinkhorn_offset([part], weights, 0.3, 3).tolist(), center.center.tolist()
+    results[rank] = offset_of([part], weights, 0.3, 3).tolist(), center.center.tolist()
     dist.destroy_process_group()
 
 
@@ -198,7 +247,7 @@ def test_two_ranks_with_unequal_rows_equal_one(tmp_path):
     whole, center = projections(20), SoftmaxCenter(12, 0.9)
     center.offset([whole], [torch.ones(20)], 0.3)
     center.commit(GOOD)
-    offset = sinkhorn_offset([whole], [torch.ones(20)], 0.3, 3)
+    offset = offset_of([whole], [torch.ones(20)], 0.3, 3)
     for rank in (0, 1):
         torch.testing.assert_close(torch.tensor(ranks[rank][0]), offset, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.tensor(ranks[rank][1]), center.center)

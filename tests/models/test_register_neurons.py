@@ -62,7 +62,7 @@ def test_no_image_sees_another(ffn_layer, registers):
     for group, singles in ((packed[0], alone[:3]), (packed[1], alone[3:])):
         assert group.registers.shape[1] == registers + 1
         for together, parts in zip(group, zip(*singles, strict=True), strict=True):
-            torch.testing.assert_close(together, torch.cat(parts), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(together, torch.cat(parts), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("ffn_layer", ["mlp", "swiglu"])

@@ -10,7 +10,7 @@ from pretrain.config.schema import ModelConfig
 from pretrain.models.attention import attend_math, attend_sdpa, resolve_backend
 from pretrain.models.init import init_weights
 from pretrain.models.packing import drop_path_subsets, pack, unpack
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.vit import PatchProjection, VisionTransformer
 from tests.small import random_batch, small_config
 
 
@@ -40,6 +40,13 @@ def test_one_pass_over_all_crops_equals_one_pass_each(ffn_layer, registers):
     for packed, single in zip(both, alone, strict=True):
         for a, b in zip(packed, single, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_patches_are_projected_as_a_convolution_does():
+    projection = PatchProjection(3, 5, kernel_size=4, stride=4)
+    images = torch.randn(2, 3, 13, 9)
+    expected = torch.nn.functional.conv2d(images, projection.weight, projection.bias, stride=4)
+    torch.testing.assert_close(projection(images), expected.flatten(2).transpose(1, 2))
 
 
 def test_attention_back_ends_agree_in_value_and_gradient():
@@ -96,6 +103,28 @@ def test_drop_path_equals_a_loop_over_images(uniform):
     for group, expected in zip(features, naive, strict=True):
         torch.testing.assert_close(group.cls, expected[:, 0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(group.patches, expected[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_register_tokens": 2, "ffn_layer": "swiglu"}], ids=str)
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_the_last_block_on_some_tokens_equals_it_on_all(rate, changes):
+    cfg = small_config()
+    model = build(drop_path_rate=rate, **changes)
+    batch = random_batch(replace(cfg, model=model.cfg), 4)
+    inputs = [batch.global_crops, batch.local_crops], [batch.masks, None]
+    rows = [batch.drop_global, batch.drop_local] if rate else None
+    all_of = model(*inputs, rows, 4 // batch.group_size)
+    some = model(*inputs, rows, 4 // batch.group_size, [batch.mask_indices, batch.mask_indices[:0]])
+    chosen = all_of[0].patches.flatten(0, 1)[batch.mask_indices]
+    expected = [all_of[0].cls, chosen, all_of[1].cls]
+    mine = [some[0].cls, some[0].patches, some[1].cls]
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+    gradients = [
+        torch.autograd.grad(sum(part.sin().sum() for part in parts), [*model.parameters()], allow_unused=True)
+        for parts in (mine, expected)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_drop_path_of_two_shares_keeps_the_rows_of_both():
