@@ -64,11 +64,12 @@ def _block(block: Block, inputs: tuple[Any, ...]) -> tuple[int, int, int]:
 def _saved(block: Block) -> Iterator[dict[int, int]]:
     """Bytes of the memory that autograd saves, by address; without weights and autocast's copies of them."""
     found: dict[int, int] = {}
-    shapes = {tuple(sorted(p.shape)) for p in block.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    copied = {(torch.bfloat16, *sorted(p.shape)) for p in block.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tuple(sorted(tensor.shape)) not in shapes:
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and (tensor.dtype, *sorted(tensor.shape)) not in copied:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
