@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
-from pretrain.config.derived import ARCHITECTURES
+from pretrain.config.derived import ARCHITECTURES, rmlp_widths
 from pretrain.config.schema import HeadConfig, RmlpConfig, RmlpInit
 from pretrain.heads import MlpHead, RmlpHead
-from pretrain.heads.rmlp import rmlp_widths
 from pretrain.models.init import init_weights
 from pretrain.seeding import torch_stream
 

@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pretrain.analysis.images import RGB
+from pretrain.analysis.images import image_size
+from pretrain.analysis.scaling import add_scaling, scaling_for
 from pretrain.analysis.taps import places
 from pretrain.command_line import Parser, exit_status
 from pretrain.errors import InputError
@@ -56,6 +57,7 @@ def parse() -> argparse.Namespace:
     add("source", metavar="CKPT", type=Path, help="weights of any known format")
     add("--train", metavar="SHARDS", nargs="+", required=True, help="a fifth of it chooses C")
     add("--test", metavar="SHARDS", nargs="+", required=True, help="labelled shards too")
+    add_scaling(parser)
     add("--C", type=float, nargs="+", default=[1.0], help="strengths; default 1 (paper); tools/probe.py: six")
     add("--work", type=Path, default=Path("runs/probe_benchmark"), help="for the features")
     return parser.parse_args()
@@ -63,19 +65,16 @@ def parse() -> argparse.Namespace:
 
 def suite_of(options: argparse.Namespace, weights: Weights) -> Suite:
     """Every place, the paper's pool, no control."""
-    model = weights.model
-    if model.in_channels != 3:
-        raise InputError(f"{weights.path}: has {model.in_channels} channels; this benchmark takes RGB")
     return Suite(
         options.work,
         LabelledSet("train", options.train, "--train"),
         [LabelledSet("test", options.test, "--test")],
         ("transfer",),
-        places(model),
+        places(weights.model),
         ["all_mean"],
         False,
         _method("torch", options.C),
-        Preparation(model.img_size, RGB),
+        Preparation(image_size(weights), scaling_for(options, weights)),
         val_share=0.2,
         group_key=None,
         batch_size=64,

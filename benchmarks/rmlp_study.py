@@ -28,6 +28,7 @@ from rmlp_study_report import Results, document, draw, markdown
 from pretrain.analysis.corruptions import Corruption, CorruptionName, corrupt
 from pretrain.command_line import Parser, exit_status
 from pretrain.data.decode import decode
+from pretrain.data.order import Order
 from pretrain.data.reader import Reader
 from pretrain.data.shards import list_shards
 from pretrain.data.writer import PackedSample, write_shards
@@ -122,11 +123,12 @@ def corrupted_copies(options: argparse.Namespace, split: str, number: int) -> st
 
 def _copies(options: argparse.Namespace, split: str, number: int) -> Iterator[PackedSample]:
     reader = Reader(list_shards([f"{options.shards}/{split}-*.tar"], "--shards"))
-    places = [(shard, index) for shard, size in enumerate(reader.sizes) for index in range(size)]
-    if len(places) < number:
-        raise InputError(f"--shards: {options.shards} holds {len(places)} {split} images, not {number}")
-    for position, (shard, index) in enumerate(places[:number]):
-        item = reader.read(shard, index)
+    stored = Order(reader.sizes, seed=0, shuffle="none", open_shards=1)
+    if len(stored) < number:
+        raise InputError(f"--shards: {options.shards} holds {len(stored)} {split} images, not {number}")
+    for position in range(number):
+        sample = stored.at(position)
+        item = reader.read(sample.shard, sample.index)
         kind = Corruption(KINDS[position % len(KINDS)], options.severity)
         file = io.BytesIO()
         Image.fromarray(corrupt(decode(item.image), kind, item.key)).save(file, "PNG")

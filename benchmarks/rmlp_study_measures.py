@@ -17,13 +17,13 @@ from pretrain.analysis.last_blocks import LastBlocks, last_blocks
 from pretrain.analysis.maps import cls_attention
 from pretrain.analysis.outliers import norm_outliers
 from pretrain.analysis.view import view
-from pretrain.data.labelled import labelled_batches
 from pretrain.export.weights import read_weights
+from pretrain.method.signals import effective_rank
 from pretrain.models.vit import VisionTransformer
 from pretrain.probing.linear import predictions
 from pretrain.probing.preprocessing import from_array, prepare
 from pretrain.probing.solvers import Solver, fit_probes
-from pretrain.registers.measures import effective_rank
+from pretrain.registers.measures import effective_rank as patch_rank
 from pretrain.run.durable import write_text
 
 SIZE, BATCH, LOOKED_AT, NEIGHBOURS = 32, 200, 400, 20
@@ -63,10 +63,11 @@ class Judge:
         )
         looked_at = self._batches(self.domains[domain][1], min(LOOKED_AT, self.numbers[1]))
         images = torch.cat([batch for batch, _ in looked_at])
-        return {**accuracy(train, test), **looks(backbone, images), "feature_rank": rank(test.cls[:, -1])}
+        rank = float(effective_rank(test.cls[:, -1]))
+        return {**accuracy(train, test), **looks(backbone, images), "feature_rank": rank}
 
     def _batches(self, pattern: str, number: int) -> Iterable[tuple[Tensor, Tensor]]:
-        batches = labelled_batches([pattern], "--shards", SIZE, SIZE, RGB.mean, RGB.std, BATCH)
+        batches = RGB.labelled([pattern], "--shards", SIZE, SIZE, BATCH)
         full, rest = divmod(number, BATCH)
         yield from islice(batches, full)
         for images, labels in islice(batches, 1 if rest else 0):
@@ -104,11 +105,5 @@ def looks(backbone: VisionTransformer, images: Tensor) -> Measures:
         "consistency_flip": float(same["flip"].mean()),
         "consistency_crop": float(same["crop"].mean()),
         "consistency_other_image": float(same["other image"].mean()),
-        "patch_rank": float(effective_rank(seen.patches.flatten(1, 2)).mean()),
+        "patch_rank": float(patch_rank(seen.patches.flatten(1, 2)).mean()),
     }
-
-
-def rank(features: Tensor) -> float:
-    """exp of the entropy of the eigenvalues of the centred features (n, D)."""
-    squares = torch.linalg.svdvals((features - features.mean(dim=0)).double()).square()
-    return float(torch.special.entr(squares / squares.sum()).sum().exp())

@@ -31,12 +31,11 @@ from torch import Tensor
 from pretrain.batch import Batch
 from pretrain.config import schema
 from pretrain.config.checks import check
-from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, kept_rows, vit_shape
+from pretrain.config.derived import drop_path_rates, ffn_hidden_dim, kept_rows, rmlp_widths, vit_shape
 from pretrain.config.schema import Config
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
 from pretrain.engines.single import SingleEngine
-from pretrain.heads.rmlp import rmlp_widths
 from pretrain.method.branch import SSLBranch
 from pretrain.method.dinov2 import DinoV2
 from pretrain.method.outputs import share_prototypes

@@ -8,9 +8,8 @@ import torch
 from pretrain import distributed
 from pretrain.config.derived import uses_rmlp, vit_shape
 from pretrain.config.load import config_text, diff_configs, load_config, save_config
-from pretrain.config.schema import Config, LogConfig
+from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
-from pretrain.data.shards import list_shards
 from pretrain.engines.base import Engine
 from pretrain.errors import InputError
 from pretrain.export.fitting import fitted_backbone
@@ -50,23 +49,6 @@ def build_branches(
     match cfg.method.kind:
         case "dinov2":
             return student, teacher, DinoV2(cfg)
-
-
-def check_logged_shards(log: LogConfig) -> None:
-    """Find the shards that are looked at while the run trains: the last look may be days from its start.
-
-    Raises:
-        InputError: a pattern of `log` matches none.
-    """
-    wanted = {
-        "log.knn.train": log.knn.train,
-        "log.knn.test": log.knn.test,
-        "log.images.shards": log.images.shards,
-        "log.artifacts.shards": log.artifacts.shards,
-    }
-    for name, patterns in wanted.items():
-        if patterns:
-            list_shards(patterns, name)
 
 
 def fill_weights(cfg: Config, student: SSLBranch, teacher: SSLBranch) -> None:

@@ -19,6 +19,7 @@ from pretrain.command_line import STOPPED
 from pretrain.config.derived import micro_batch_size
 from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
+from pretrain.data.shards import check_logged_shards
 from pretrain.engines.base import Engine, StepResult
 from pretrain.engines.ddp import DdpEngine
 from pretrain.engines.deepspeed_start import build_deepspeed
@@ -41,7 +42,6 @@ from pretrain.run.watchdog import Watchdog
 from pretrain.session import pick_device, session
 from pretrain.start import (
     build_branches,
-    check_logged_shards,
     fill_weights,
     load_start,
     record_run,

@@ -50,7 +50,6 @@ from pretrain.analysis.page import check_page
 from pretrain.analysis.scaling import add_scaling, scaling_for
 from pretrain.analysis.view import view
 from pretrain.command_line import Parser, exit_status
-from pretrain.data.labelled import labelled_batches
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights, read_weights
 from pretrain.models.vit import VisionTransformer
@@ -123,17 +122,8 @@ def features(
     crop = size_of(options, weights)
     resize = options.resize or round(crop * RESIZE / CROP)
     task = bars.add_task(f"features of --{split}", total=None)
-    scaling = scaling_for(options, weights)
-    batches = labelled_batches(
-        getattr(options, split),
-        f"--{split}",
-        resize,
-        crop,
-        scaling.mean,
-        scaling.std,
-        options.batch_size,
-        scaling.channels,
-        scaling.decoding,
+    batches = scaling_for(options, weights).labelled(
+        getattr(options, split), f"--{split}", resize, crop, options.batch_size
     )
     return last_blocks(backbone, batches, partial(bars.advance, task))
 

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config.schema import DecodeConfig
+from pretrain.data.labelled import Change, labelled_batches
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights
 
@@ -47,6 +48,29 @@ class Scaling:
 
     def _columns(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values).view(-1, 1, 1)
+
+    def labelled(
+        self,
+        patterns: Sequence[str],
+        key_name: str,
+        resize: int,
+        crop: int,
+        batch_size: int,
+        change: Change | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labelled images of shards; arguments, what comes and errors as for `labelled_batches`."""
+        return labelled_batches(
+            patterns,
+            key_name,
+            resize,
+            crop,
+            self.mean,
+            self.std,
+            batch_size,
+            self.channels,
+            self.decoding,
+            change,
+        )
 
     def document(self) -> dict[str, Any]:
         """Plain values, as weights carry them."""

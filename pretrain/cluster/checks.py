@@ -10,7 +10,7 @@ from pretrain.cluster.job_folder import Job, job_folders
 from pretrain.cluster.layout import world_size
 from pretrain.config.derived import micro_batch_size
 from pretrain.config.schema import Config
-from pretrain.data.shards import shard_names
+from pretrain.data.shards import check_logged_shards, shard_names
 from pretrain.errors import InputError
 from pretrain.processes import started
 from pretrain.run.checkpoint_folder import newest_step, require_complete
@@ -72,13 +72,8 @@ def check_with_slurm(cfg: Config, script: str) -> str:
 
 def _check_shards(cfg: Config) -> None:
     """All shards that the run reads are there."""
-    named = {
-        "log.knn.train": cfg.log.knn.train,
-        "log.knn.test": cfg.log.knn.test,
-        "log.images.shards": cfg.log.images.shards,
-        "log.artifacts.shards": cfg.log.artifacts.shards,
-        **{f"data.sources.{i}.shards": source.shards for i, source in enumerate(cfg.data.sources)},
-    }
+    check_logged_shards(cfg.log)
+    named = {f"data.sources.{i}.shards": source.shards for i, source in enumerate(cfg.data.sources)}
     if not cfg.data.sources:
         named["data.shards"] = cfg.data.shards
     for key, patterns in named.items():

@@ -180,7 +180,7 @@ def _check_freeze(cfg: Config) -> None:
     frozen, start = cfg.optim.freeze_backbone_steps, cfg.rmlp.start_step
     fault = f"{frozen} is not below run.steps={cfg.run.steps}, so the backbone would never train; lower it"
     _require(frozen < cfg.run.steps, "optim.freeze_backbone_steps", fault)
-    trains = frozen <= start or set(head_kinds(cfg)) != {"rmlp"}
+    trains = frozen <= start or head_kinds(cfg) != {"rmlp"}
     fault = f"from rmlp.start_step={start} on no head has weights to train meanwhile; use {start} at most"
     _require(trains, "optim.freeze_backbone_steps", f"{frozen} steps, but {fault}")
 

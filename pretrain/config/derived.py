@@ -123,10 +123,12 @@ def _between(start: float, end: float | None, done: float) -> float:
     return end if done == 1 else start + (end - start) * done
 
 
+def rmlp_widths(embed_dim: int, outputs: int) -> tuple[int, ...]:
+    """Widths of a randomized head: of its input and of its four layers."""
+    return (embed_dim, 4 * embed_dim, 4 * embed_dim, 2 * embed_dim // 3, outputs)
+
+
 def signal_outputs(cfg: Config) -> int:
     """How many of a randomized head's outputs carry more than noise: those that the identity path reaches."""
-    return (
-        min(cfg.rmlp.outputs, 2 * vit_shape(cfg.model).embed_dim // 3)
-        if cfg.rmlp.identity
-        else cfg.rmlp.outputs
-    )
+    *_, bottleneck, outputs = rmlp_widths(vit_shape(cfg.model).embed_dim, cfg.rmlp.outputs)
+    return min(outputs, bottleneck) if cfg.rmlp.identity else outputs

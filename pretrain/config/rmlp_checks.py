@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 
-from pretrain.config.derived import head_kinds, ibot_head, uses_rmlp, vit_shape
+from pretrain.config.derived import head_kinds, ibot_head, rmlp_widths, uses_rmlp, vit_shape
 from pretrain.config.schema import Config, RmlpConfig
 
 SHARED_DRAW_AMPLITUDE = 20  # from here two independent draws name different classes (measured: 5 % agree)
@@ -31,8 +31,8 @@ def advise_vanishing(cfg: Config) -> str:
     """
     dim, rmlp = vit_shape(cfg.model).embed_dim, cfg.rmlp
     smallest = min(_amplitudes(rmlp))
-    widths = (dim, 4 * dim, 4 * dim, 2 * dim // 3, rmlp.outputs)
-    gain = math.prod(smallest * math.sqrt(n) / m for n, m in pairwise(widths))
+    layers = pairwise(rmlp_widths(dim, rmlp.outputs))
+    gain = math.prod(smallest * math.sqrt(n) / m for n, m in layers)
     if rmlp.identity or not uses_rmlp(cfg) or gain >= VANISHING:
         return ""
     fault = (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from pretrain.config.schema import LogConfig
 from pretrain.data.remote import is_remote, local_path, scheme, shown
 from pretrain.errors import InputError
 
@@ -45,6 +46,23 @@ def list_shards(patterns: Sequence[str], key_name: str) -> list[Path]:
         if is_remote(pattern):
             raise InputError(f"{key_name}: {shown(pattern)}: must be a local file; copy it here")
     return [Path(name) for name in shard_names(patterns, key_name)]
+
+
+def check_logged_shards(log: LogConfig) -> None:
+    """Find the shards that a run looks at while it trains: the last look may be days from its start.
+
+    Raises:
+        InputError: as `list_shards`.
+    """
+    named = {
+        "log.knn.train": log.knn.train,
+        "log.knn.test": log.knn.test,
+        "log.images.shards": log.images.shards,
+        "log.artifacts.shards": log.artifacts.shards,
+    }
+    for key, patterns in named.items():
+        if patterns:
+            list_shards(patterns, key)
 
 
 def _expand(pattern: str, key_name: str) -> Iterable[str]:

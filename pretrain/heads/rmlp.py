@@ -15,15 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from pretrain.config.derived import rmlp_widths
 from pretrain.config.schema import RmlpConfig
 from pretrain.errors import InputError
 from pretrain.heads.draws import LayerWeights
 from pretrain.projection import Projection, compute_dtype
-
-
-def rmlp_widths(embed_dim: int, outputs: int) -> tuple[int, ...]:
-    """Widths of the input and of the four layers."""
-    return (embed_dim, 4 * embed_dim, 4 * embed_dim, 2 * embed_dim // 3, outputs)
 
 
 def check_memory(embed_dim: int, outputs: int, rows: int, free: int) -> None:

@@ -18,9 +18,7 @@ from pretrain.losses.blocks import PRODUCT_BYTES, cached_bytes, row_blocks
 from pretrain.losses.centering import Target, softmax_
 from pretrain.projection import Projection
 
-HELD_BYTES = (
-    2**28
-)  # of a rank's targets in fp32 that wait for the loss; more are computed where they are used
+HELD_BYTES = 2**28  # of a rank's fp32 targets that wait for the loss; more are computed where they are used
 
 
 def sinkhorn_targets(

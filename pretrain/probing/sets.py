@@ -12,7 +12,6 @@ from pretrain.analysis.corruptions import Corruption, corrupt
 from pretrain.analysis.scaling import Scaling
 from pretrain.analysis.taps import Place
 from pretrain.data.groups import sample_groups
-from pretrain.data.labelled import labelled_batches
 from pretrain.data.pixels import Pixels
 from pretrain.data.reader import Reader
 from pretrain.data.shards import list_shards
@@ -43,19 +42,8 @@ class LabelledSet:
     def batches(self, preparation: Preparation, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(b, C, size, size) float32 and (b,) int64, in the order of the files."""
         change = partial(_corrupted, self.corruption, preparation.seed) if self.corruption else None
-        size, scaling = preparation.size, preparation.scaling
-        return labelled_batches(
-            self.patterns,
-            self.setting,
-            size,
-            size,
-            scaling.mean,
-            scaling.std,
-            batch_size,
-            scaling.channels,
-            scaling.decoding,
-            change,
-        )
+        size, read = preparation.size, preparation.scaling.labelled
+        return read(self.patterns, self.setting, size, size, batch_size, change)
 
     def groups(self, key: str) -> list[str]:
         """The group of each sample, by a key of its .json member."""

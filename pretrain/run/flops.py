@@ -24,10 +24,10 @@ from pretrain.config.derived import (
     kept_rows,
     prefix_tokens,
     rmlp_strength,
+    rmlp_widths,
     vit_shape,
 )
 from pretrain.config.schema import Config, HeadConfig, ModelConfig
-from pretrain.heads.rmlp import rmlp_widths
 
 
 class Flops(NamedTuple):

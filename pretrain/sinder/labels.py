@@ -10,7 +10,6 @@ from pretrain.analysis.images import RGB
 from pretrain.analysis.scaling import Scaling
 from pretrain.analysis.segmentation import SegmentationScores, linear_segmentation
 from pretrain.config.schema import KnnConfig
-from pretrain.data.labelled import labelled_batches
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.look import Look
 
@@ -44,17 +43,7 @@ def knn(backbone: VisionTransformer, labels: Labels, batch_size: int) -> dict[st
         return seen.cls, seen.patches
 
     train, test = (
-        labelled_batches(
-            shards,
-            f"--knn-{name}",
-            max(KNN_RESIZE, crop),
-            crop,
-            labels.scaling.mean,
-            labels.scaling.std,
-            batch_size,
-            labels.scaling.channels,
-            labels.scaling.decoding,
-        )
+        labels.scaling.labelled(shards, f"--knn-{name}", max(KNN_RESIZE, crop), crop, batch_size)
         for name, shards in (("train", cfg.train), ("test", cfg.test))
     )
     scores = knn_scores(features, train, test, cfg)

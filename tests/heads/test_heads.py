@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, gelu, pad
 
+from pretrain.config.derived import rmlp_widths
 from pretrain.config.schema import HeadConfig, RmlpConfig
 from pretrain.errors import InputError
 from pretrain.heads import MlpHead, RmlpHead
-from pretrain.heads.rmlp import check_memory, rmlp_widths
+from pretrain.heads.rmlp import check_memory
 from pretrain.models.init import init_weights
 
 DIM = 24
