@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from pretrain import distributed
+from pretrain.analysis.scaling import KEY as SCALING
+from pretrain.analysis.scaling import Scaling
 from pretrain.config.derived import uses_rmlp, vit_shape
 from pretrain.config.load import config_text, diff_configs, load_config, save_config
 from pretrain.config.schema import Config
@@ -167,6 +169,6 @@ def run_facts(cfg: Config, step: int) -> dict[str, Any]:
         "engine": cfg.engine.kind,
         "world_size": distributed.world_size(),
         "global_batch_size": cfg.optim.global_batch_size,
-        "pixels": {"mean": cfg.data.mean, "std": cfg.data.std, "window": cfg.data.decode.window},
+        SCALING: Scaling(cfg.data.mean, cfg.data.std, cfg.data.decode.window).document(),
         "torch": torch.__version__,
     }
