@@ -16,8 +16,9 @@ from pretrain.engines.base import Engine
 from pretrain.errors import InputError
 from pretrain.export.fitting import fitted_backbone
 from pretrain.heads.rmlp import check_memory
+from pretrain.method.base import Method
 from pretrain.method.branch import SSLBranch
-from pretrain.method.dinov2 import DinoV2
+from pretrain.method.build import build_method
 from pretrain.models.attention import resolve_backend
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
@@ -29,7 +30,7 @@ from pretrain.sharded import assign
 
 def build_branches(
     cfg: Config, device: torch.device, micro_batch: int, on_meta: bool = False
-) -> tuple[SSLBranch, SSLBranch, DinoV2]:
+) -> tuple[SSLBranch, SSLBranch, Method]:
     """Student, teacher and method; their weights come from `fill_weights`.
 
     Args:
@@ -48,9 +49,7 @@ def build_branches(
     with torch.device("meta" if on_meta else "cpu"):
         student, teacher = SSLBranch(cfg, "student", backend), SSLBranch(cfg, "teacher", backend)
     teacher.share_draws(student)
-    match cfg.method.kind:
-        case "dinov2":
-            return student, teacher, DinoV2(cfg)
+    return student, teacher, build_method(cfg)
 
 
 def fill_weights(cfg: Config, student: SSLBranch, teacher: SSLBranch) -> None:

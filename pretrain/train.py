@@ -28,8 +28,8 @@ from pretrain.engines.single import SingleEngine
 from pretrain.errors import InputError, TrainingError
 from pretrain.export import write_export
 from pretrain.faults import PeerError
+from pretrain.method.base import Method
 from pretrain.method.branch import SSLBranch
-from pretrain.method.dinov2 import DinoV2
 from pretrain.method.outputs import Observation, share_prototypes
 from pretrain.optim.schedules import Schedules, StepValues
 from pretrain.ranks import detect
@@ -58,7 +58,7 @@ class Run:
     cfg: Config
     folder: Path
     engine: Engine
-    method: DinoV2
+    method: Method
     loader: TrainLoader
     schedules: Schedules
     checkpoints: Checkpoints
@@ -138,7 +138,7 @@ def build(cfg: Config, device: torch.device | None = None) -> Run:
 
 
 def build_engine(
-    cfg: Config, student: SSLBranch, teacher: SSLBranch, method: DinoV2, device: torch.device
+    cfg: Config, student: SSLBranch, teacher: SSLBranch, method: Method, device: torch.device
 ) -> Engine:
     """The engine of `engine.kind`; all but single need a running process group."""
     match cfg.engine.kind:

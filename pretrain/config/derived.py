@@ -132,3 +132,12 @@ def signal_outputs(cfg: Config) -> int:
     """How many of a randomized head's outputs carry more than noise: those that the identity path reaches."""
     *_, bottleneck, outputs = rmlp_widths(vit_shape(cfg.model).embed_dim, cfg.rmlp.outputs)
     return min(outputs, bottleneck) if cfg.rmlp.identity else outputs
+
+
+def sinkhorn_outputs(cfg: Config, kind: HeadKind, step: int) -> int | None:
+    """Among how many first outputs of a head Sinkhorn-Knopp shares the mass; None = all of them.
+
+    A randomized head's other outputs hold noise, which would be filled with most of the mass; those of a
+    mixture hold the trainable head's logits.
+    """
+    return signal_outputs(cfg) if kind == "rmlp" and step >= cfg.rmlp.start_step else None

@@ -26,17 +26,19 @@ def dino_targets(teacher: Tensor, num_local: int) -> TargetRows:
     return TargetRows(len(index), lambda block: table[index[block]])
 
 
-def dino_losses(global_terms: Tensor, local_terms: Tensor) -> tuple[Tensor, Tensor]:
+def dino_losses(terms: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The global and the local term, each weighted so that their sum is the mean over all crop pairs.
 
     There are 2 global pairs and 2 L local ones per image.
 
     Args:
-        global_terms: (2, B) cross-entropies of the global crops.
-        local_terms: (L, B) of the local crops, with the sum of both targets.
+        terms: (2 B + L B,) cross-entropies of the global crops, then of the local ones with the sum of both
+            targets; rows as `dino_targets` orders them.
+        size: images, B.
 
     Returns:
         (global term, local term), scalars.
     """
-    num_pairs = 2 + 2 * len(local_terms)
-    return global_terms.mean(1).sum() / num_pairs, local_terms.mean(1).sum() / num_pairs
+    by_crop = terms.unflatten(0, (-1, size)).mean(1)  # (2 + L,)
+    num_pairs = 2 + 2 * (len(by_crop) - 2)
+    return by_crop[:2].sum() / num_pairs, by_crop[2:].sum() / num_pairs

@@ -7,6 +7,11 @@ from torch.nn.functional import normalize
 EPS = 1e-8
 
 
+def koleo_of_crops(cls: Tensor, group_size: int) -> Tensor:
+    """Of class tokens (2 B, D), crop-major: the mean over the groups, summed over the two global crops."""
+    return koleo_loss(cls.unflatten(0, (2, -1, group_size))).mean(1).sum()
+
+
 def koleo_loss(features: Tensor) -> Tensor:
     """-mean log distance to the nearest neighbour within each group of n features: (..., n, D) to (...).
 

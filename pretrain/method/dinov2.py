@@ -12,26 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
-from pretrain.config.derived import ibot_head, signal_outputs
+from pretrain.config.derived import ibot_head, sinkhorn_outputs
 from pretrain.config.schema import Config, HeadConfig
 from pretrain.losses.centering import SoftmaxCenter, Target
 from pretrain.losses.cross_entropy import TargetRows, cross_entropy
 from pretrain.losses.dino import dino_losses, dino_targets
 from pretrain.losses.ibot import ibot_loss
-from pretrain.losses.koleo import koleo_loss
+from pretrain.losses.koleo import koleo_of_crops
 from pretrain.losses.sinkhorn import sinkhorn_targets
+from pretrain.method.base import Method
 from pretrain.method.outputs import BranchOutput, LossTerms, Targets
 from pretrain.projection import Projection
 
 
-class DinoV2(nn.Module):
+class DinoV2(Method):
     """Targets and losses of one step; its only state is the centres."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.cfg = cfg.loss
+        self.cfg = cfg
         self.rmlp_start = cfg.rmlp.start_step
-        self.rmlp_outputs = signal_outputs(cfg)
         self.kinds = {"dino": cfg.dino_head.kind, "ibot": ibot_head(cfg).kind}
         self.centers = nn.ModuleDict()
         if cfg.loss.centering == "softmax":
@@ -50,14 +50,7 @@ class DinoV2(nn.Module):
     def targets(
         self, outputs: Iterable[BranchOutput], weights: Iterable[Tensor], temp: float, step: int
     ) -> list[Targets]:
-        """Targets of every micro-batch of a step.
-
-        Args:
-            outputs: the teacher's output per micro-batch.
-            weights: mask weights (M,) per micro-batch; 0 marks padding.
-            temp: teacher temperature.
-            step: selects the centre of the head in use.
-        """
+        """See `Method`; the step selects the centre of the head in use."""
         outputs = list(outputs)
         dino = [out.dino for out in outputs]
         ibot = [out.ibot for out in outputs]
@@ -69,12 +62,9 @@ class DinoV2(nn.Module):
     def _targets(
         self, loss: str, projections: list[Projection], weights: list[Tensor], temp: float, step: int
     ) -> list[Target]:
-        if self.cfg.centering == "sinkhorn":
-            # A randomized head's other outputs hold noise, which Sinkhorn would fill with most of the mass;
-            # a mixture's hold the trainable head's logits.
-            alone = self.kinds[loss] == "rmlp" and step >= self.rmlp_start
-            outputs = self.rmlp_outputs if alone else None
-            return sinkhorn_targets(projections, weights, temp, self.cfg.sinkhorn_iterations, outputs)
+        if self.cfg.loss.centering == "sinkhorn":
+            outputs = sinkhorn_outputs(self.cfg, self.kinds[loss], step)
+            return sinkhorn_targets(projections, weights, temp, self.cfg.loss.sinkhorn_iterations, outputs)
         randomized = f"{loss}_rmlp"
         in_use = randomized if randomized in self.centers and step >= self.rmlp_start else loss
         offset = cast(SoftmaxCenter, self.centers[in_use]).offset(projections, weights, temp)
@@ -82,23 +72,18 @@ class DinoV2(nn.Module):
 
     @torch.no_grad()
     def commit(self, good: Tensor) -> None:
-        """End of a step: the centres take in its logits, unless the step was bad."""
+        """See `Method`; the centres take in the step's logits."""
         for center in self.centers.values():
             cast(SoftmaxCenter, center).commit(good)
 
     def losses(self, student: BranchOutput, targets: Targets, batch: Batch) -> LossTerms:
-        """The loss of one micro-batch and its unweighted parts."""
-        size, groups = batch.num_images, batch.num_images // batch.group_size
+        """See `Method`."""
         dino_terms, ibot_terms = self._cross_entropies(student, targets, batch)
-        dino_global, dino_local = dino_losses(
-            dino_terms[: 2 * size].unflatten(0, (2, size)), dino_terms[2 * size :].unflatten(0, (-1, size))
-        )
+        dino_global, dino_local = dino_losses(dino_terms, batch.num_images)
         ibot = ibot_loss(ibot_terms, batch.mask_weights, len(batch.masks))
-        koleo = (
-            koleo_loss(student.cls.unflatten(0, (2, groups, batch.group_size))).mean(1).sum()
-        )  # crops summed
+        koleo = koleo_of_crops(student.cls, batch.group_size)
 
-        weights = self.cfg
+        weights = self.cfg.loss
         total = (
             weights.dino_weight * (dino_global + dino_local)
             + weights.ibot_weight * ibot
@@ -109,7 +94,7 @@ class DinoV2(nn.Module):
 
     def _cross_entropies(self, student: BranchOutput, targets: Targets, batch: Batch) -> list[Tensor]:
         """The loss of each class token (2 B + L B,) and of each masked patch (M,)."""
-        size, temp = batch.num_images, self.cfg.student_temp
+        size, temp = batch.num_images, self.cfg.loss.student_temp
         teacher = targets.dino.probabilities().unflatten(0, (2, size))
         dino, ibot = dino_targets(teacher, len(batch.local_crops) // size), targets.ibot.rows()
         if student.dino.prototypes is not student.ibot.prototypes:
