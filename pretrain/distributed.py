@@ -1,8 +1,8 @@
 """Who am I among the ranks, the reductions of all that looks across images, and what the ranks agree on.
 
-Every sum or maximum over the global batch goes through `all_sum` and `all_max`. Decisions of the hosts (stop,
-save, give up) go through `any_rank` and `largest`, on a group of their own that never waits for a device.
-Without a process group all of them return their input.
+All that looks across the global batch goes through `all_sum`, `all_max` and `all_gather`. Decisions of the
+hosts (stop, save, give up) go through `any_rank` and `largest`, on a group of their own that never waits for
+a device. Without a process group all of them return their input.
 """
 
 from pathlib import Path
@@ -60,6 +60,15 @@ def all_max(x: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """The ranks' tensors of one shape, one after another along the first axis."""
+    if not is_distributed():
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 
 
 def largest(value: int) -> int:

@@ -60,6 +60,14 @@ RMLP = (
 )
 
 
+SWAV = (
+    *("method.kind=swav", "method.queue=48", "method.queue_start_step=3", "mask.probability=0"),
+    *("dino_head.norm_last_layer=true", "loss.ibot_weight=0", "ibot_head.shared=true"),
+    *("ibot_head.prototypes=65536", "ibot_head.hidden_dim=2048", "ibot_head.bottleneck_dim=256"),
+    *("teacher.momentum=0", "teacher.final_momentum=0"),
+)
+
+
 def tensors(cfg: Config) -> dict[str, torch.Tensor]:
     """Everything in a run's newest checkpoint: both branches, centres, optimizer."""
     run = build(cfg)
@@ -91,7 +99,7 @@ def signal_after(process: subprocess.Popen, metrics: Path, lines: int, number: s
     process.send_signal(number)
 
 
-@pytest.mark.parametrize("heads", [(), RMLP], ids=["mlp", "rmlp"])
+@pytest.mark.parametrize("heads", [(), RMLP, SWAV], ids=["mlp", "rmlp", "swav"])
 def test_a_killed_run_continues_bit_for_bit(shards, tmp_path, heads):
     whole = config(shards, tmp_path / "whole", *heads)
     assert main(whole) == 0

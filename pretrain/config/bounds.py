@@ -48,6 +48,7 @@ BOUNDS = (
         optim.clip_grad_norm optim.spike_factor optim.freeze_last_layer_steps
         optim.freeze_backbone_steps checkpoint.keep_every
         log.knn.every log.images.every log.artifacts.every log.norms_every engine.hang_timeout
+        method.queue method.queue_start_step
         cluster.gpus_per_node cluster.mem_gb cluster.max_restarts cluster.max_bad_nodes
         cluster.preflight_timeout cluster.min_free_gb
         """,

@@ -10,6 +10,7 @@ from pretrain.config.bounds import check_bounds
 from pretrain.config.cluster_checks import cluster_fault
 from pretrain.config.deepspeed_extra import extra_fault
 from pretrain.config.derived import head_kinds, peak_lr, rmlp_strength, uses_rmlp, vit_shape
+from pretrain.config.method_checks import method_faults
 from pretrain.config.rmlp_checks import advise_vanishing, rmlp_faults
 from pretrain.config.schema import (
     Config,
@@ -31,6 +32,8 @@ def check(cfg: Config) -> None:
         ValueError: `section.key: what is wrong; the fix`.
     """
     check_bounds(cfg)
+    for key, fault in method_faults(cfg):  # first: other rules ask for what a method may not have
+        _require(False, key, fault)
     _check_model(cfg.model)
     _check_sizes(cfg)
     _check_data(cfg.data)

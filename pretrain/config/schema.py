@@ -55,7 +55,9 @@ class ModelConfig:
 class MethodConfig:
     """The self-supervised method."""
 
-    kind: Literal["dinov2"] = "dinov2"  # DINO + iBOT + KoLeo
+    kind: Literal["dinov2", "swav"] = "dinov2"  # DINO + iBOT + KoLeo; swav: codes of the other crop
+    queue: int = 0  # with swav: images of earlier steps that take part in the codes; 0 = none
+    queue_start_step: int = 0  # from this step on (SwAV: 15 epochs)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class HeadConfig:
     hidden_dim: int = 2_048  # width of the hidden layers
     bottleneck_dim: int = 256  # DINOv2 long: 384 for DINO, 256 for iBOT
     num_layers: int = 3  # linear layers before the prototypes
+    norm_last_layer: bool = False  # prototypes of length 1 (SwAV, DINO); false = lengths are trained as well
 
 
 @dataclass(frozen=True)

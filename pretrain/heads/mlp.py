@@ -11,16 +11,23 @@ from pretrain.projection import Projection, compute_dtype
 
 
 class Prototypes(nn.Module):
-    """K directions of trainable length: weight = g * v / |v| per row, g = 1 at first (released key names)."""
+    """K directions: weight = g * v / |v| per row (released key names).
 
-    def __init__(self, num_prototypes: int, dim: int) -> None:
+    Lengths g are 1 at first and trained, or 1 for good and no parameters.
+    """
+
+    def __init__(self, num_prototypes: int, dim: int, norm_last_layer: bool) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.empty(num_prototypes, 1))
+        lengths = None if norm_last_layer else nn.Parameter(torch.empty(num_prototypes, 1))
+        self.weight_g: nn.Parameter | None
+        self.register_parameter("weight_g", lengths)
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, dim))
 
     def forward(self) -> Tensor:
         """The weight-normed matrix (K, b)."""
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)  # one pass, and one in the backward
+        v = self.weight_v
+        g = v.new_ones(len(v), 1) if self.weight_g is None else self.weight_g
+        return torch._weight_norm(v, g, 0)  # one pass, and one in the backward
 
 
 class MlpHead(nn.Module):
@@ -33,7 +40,7 @@ class MlpHead(nn.Module):
         for n, m in pairwise(widths):
             layers += [nn.Linear(n, m), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
-        self.last_layer = Prototypes(cfg.prototypes, cfg.bottleneck_dim)
+        self.last_layer = Prototypes(cfg.prototypes, cfg.bottleneck_dim, cfg.norm_last_layer)
         self.out_dim = cfg.prototypes
 
     def forward(self, x: Tensor) -> Projection:

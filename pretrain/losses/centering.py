@@ -44,6 +44,21 @@ class Target:
         return softmax_(Projection(features[block], prototypes).logits(), self.temp, self.offset)
 
 
+@dataclass(frozen=True)
+class JoinedTargets:
+    """Targets of one micro-batch whose rows were made in parts, such as one global crop after the other."""
+
+    parts: tuple[Target, ...]
+
+    def probabilities(self) -> Tensor:
+        """(rows, K) float32, of all parts."""
+        return torch.cat([part.probabilities() for part in self.parts])
+
+    def let_go(self) -> "JoinedTargets":
+        """The same targets with nothing held."""
+        return JoinedTargets(tuple(part.let_go() for part in self.parts))
+
+
 def softmax_(logits: Tensor, temp: float, offset: Tensor) -> Tensor:
     """softmax(logits / temp + offset) of (rows, K) float32, in place."""
     for part in row_blocks(logits.shape, cached_bytes(logits.device)):

@@ -3,6 +3,7 @@
 from pretrain.config.schema import Config
 from pretrain.method.base import Method
 from pretrain.method.dinov2 import DinoV2
+from pretrain.method.swav import Swav
 
 
 def build_method(cfg: Config) -> Method:
@@ -10,3 +11,5 @@ def build_method(cfg: Config) -> Method:
     match cfg.method.kind:
         case "dinov2":
             return DinoV2(cfg)
+        case "swav":
+            return Swav(cfg)

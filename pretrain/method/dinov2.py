@@ -95,6 +95,7 @@ class DinoV2(Method):
     def _cross_entropies(self, student: BranchOutput, targets: Targets, batch: Batch) -> list[Tensor]:
         """The loss of each class token (2 B + L B,) and of each masked patch (M,)."""
         size, temp = batch.num_images, self.cfg.loss.student_temp
+        assert targets.ibot is not None, "patches have a loss"
         teacher = targets.dino.probabilities().unflatten(0, (2, size))
         dino, ibot = dino_targets(teacher, len(batch.local_crops) // size), targets.ibot.rows()
         if student.dino.prototypes is not student.ibot.prototypes:

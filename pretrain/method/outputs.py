@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.losses.centering import Target
+from pretrain.losses.centering import JoinedTargets, Target
 from pretrain.projection import Projection
 
 
@@ -45,12 +45,12 @@ class LossTerms:
 class Targets:
     """Targets of one micro-batch."""
 
-    dino: Target  # (G*B) rows
-    ibot: Target  # (M) rows
+    dino: Target | JoinedTargets  # (G*B) rows
+    ibot: Target | None = None  # (M) rows; None where patches have no loss
 
     def let_go(self) -> "Targets":
         """The same targets without rows of K values."""
-        return Targets(self.dino.let_go(), self.ibot.let_go())
+        return Targets(self.dino.let_go(), self.ibot and self.ibot.let_go())
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,11 @@ def signals(
         rows = targets.dino.probabilities()  # (G*B, K)
         return {
             **_target_signals("", rows, torch.ones_like(rows[:, 0])),
-            **_target_signals("patch_", *_patch_targets(targets.ibot, batch.mask_weights)),
+            **(
+                _target_signals("patch_", *_patch_targets(targets.ibot, batch.mask_weights))
+                if targets.ibot
+                else {}
+            ),
             "signal/feature_rank": effective_rank(teacher.cls[:: -(-len(teacher.cls) // MAX_ROWS)]),
             "signal/teacher_cosine": mean_cosine(teacher.cls[:size]),
             "signal/student_cosine": mean_cosine(student.cls[:size]),

@@ -22,6 +22,10 @@ GREY = (
     *("data.channels=1", "model.in_channels=1", "data.mean=0.5", "data.std=0.2", "data.augment.hue=0"),
     *("data.augment.saturation=0", "data.augment.grayscale_probability=0"),
 )
+SWAV = (
+    *("method.kind=swav", "loss.centering=sinkhorn", "loss.ibot_weight=0", "mask.probability=0"),
+    *("teacher.momentum=0", "teacher.final_momentum=0", "dino_head.norm_last_layer=true"),
+)
 CUSTOM = ("model.arch=custom", "model.embed_dim=96", "model.depth=4", "model.num_heads=3")
 
 
@@ -30,6 +34,30 @@ def load(*overrides: str) -> Config:
 
 
 REFUSED = [
+    (["method.queue=2048"], "method.queue: DINOv2 has no queue; set it to 0, or method.kind=swav"),
+    (["method.queue_start_step=9"], "method.queue_start_step: not used without method.queue; set it to 0"),
+    ([*SWAV, "loss.centering=softmax"], "loss.centering: softmax is not SwAV's; its codes need sinkhorn"),
+    ([*SWAV, "teacher.momentum=0.9"], "teacher.momentum: 0.9, but with method.kind=swav the student is"),
+    ([*SWAV, "teacher.final_momentum=1"], "teacher.final_momentum: 1.0, but with method.kind=swav"),
+    ([*SWAV, "loss.ibot_weight=1"], "loss.ibot_weight: 1.0, but SwAV has no loss on masked patches"),
+    ([*SWAV, "mask.probability=0.5"], "mask.probability: 0.5, but SwAV has no loss on masked patches"),
+    ([*SWAV, "ibot_head.shared=false"], "ibot_head.shared: SwAV has no loss on patches and one head"),
+    (
+        [*SWAV, "dino_head.norm_last_layer=false"],
+        "dino_head.norm_last_layer: SwAV's prototypes have length 1; set it to true",
+    ),
+    (
+        [*SWAV, "dino_head.kind=rmlp", "dino_head.norm_last_layer=false"],
+        "rmlp.share_dino_ibot: a draw of their own for patches, which have no loss; set it to true",
+    ),
+    (
+        [*SWAV, "method.queue=3000"],
+        "method.queue: 3000 images are not whole batches of optim.global_batch_size=2048; use for",
+    ),
+    (
+        [*SWAV, "method.queue=2048", "dino_head.kind=rmlp", "rmlp.share_dino_ibot=true"],
+        "method.queue: features of earlier steps belong to other draws of a randomized head; set it to 0",
+    ),
     (["run.dir="], "run.dir: is empty; name a folder"),
     (["run.steps=0"], "run.steps: must be at least 1, got 0"),
     (["optim.lr=nan"], "optim.lr: must be finite, got nan"),
@@ -157,6 +185,10 @@ REFUSED = [
 ]
 
 ALLOWED = [
+    [*SWAV],
+    [*SWAV, "method.queue=4096", "method.queue_start_step=9", "loss.koleo_weight=0"],
+    [*SWAV, "dino_head.kind=rmlp", "rmlp.share_dino_ibot=true", "dino_head.norm_last_layer=false"],
+    ["dino_head.norm_last_layer=true"],
     [*CUSTOM],
     [*GREY],
     ["data.decode.window=[-1000,2000.5]"],

@@ -16,7 +16,10 @@ from pretrain.config.schema import (
     HeadConfig,
     IbotHeadConfig,
     LossConfig,
+    MaskConfig,
+    MethodConfig,
     RmlpConfig,
+    TeacherConfig,
 )
 from pretrain.data.collate import collate
 from pretrain.data.slots import SlotLayout
@@ -34,12 +37,14 @@ CPU = torch.device("cpu")
 
 
 def curve_config(head: str = "mlp", **engine: Any) -> Config:
-    """Drop path 0.3; MLP heads with Sinkhorn, or randomized ones, or both (`mix`).
+    """Drop path 0.3; MLP heads with Sinkhorn, or randomized ones, or both (`mix`), or SwAV with a queue.
 
     With `change` the randomized ones begin at step 4, and the backbone is frozen before step `FROZEN`.
     """
     base = small_config()
     small = {"prototypes": 24, "hidden_dim": 16, "bottleneck_dim": 8}
+    if head == "swav":
+        return swav_config(curve_config(**engine), small)
     kind: Any = "rmlp" if head == "change" else head
     rmlp = RmlpConfig(outputs=48, start_step=4 if head == "change" else 0)
     if head == "mix":  # the share goes from 0 to 1, the amplitude from 5 to 2
@@ -64,6 +69,18 @@ def curve_config(head: str = "mlp", **engine: Any) -> Config:
     )
 
 
+def swav_config(cfg: Config, head: dict[str, int]) -> Config:
+    return replace(
+        cfg,
+        method=MethodConfig("swav", queue=2 * BATCH, queue_start_step=1),
+        dino_head=HeadConfig(norm_last_layer=True, **head),
+        ibot_head=IbotHeadConfig(),
+        loss=LossConfig(centering="sinkhorn", ibot_weight=0.0, koleo_weight=0.1),
+        mask=MaskConfig(probability=0.0),
+        teacher=TeacherConfig(0.0, 0.0, 0.05, 0.05, 0),
+    )
+
+
 def micro_batches(cfg: Config, step: int) -> list[Batch]:
     """This rank's micro-batches of a step: the global batch does not depend on the number of ranks."""
     size = BATCH // (world_size() * cfg.engine.accumulation_steps)
@@ -77,7 +94,7 @@ def noise(cfg: Config, step: int, start: int, size: int) -> Batch:
         number = start // GROUP + i
         group = slot.group(i)
         fill_with_noise(cfg, group, step * BATCH + number * GROUP)
-        count = MASKED[(number + step) % len(MASKED)]
+        count = MASKED[(number + step) % len(MASKED)] if cfg.mask.probability else 0
         if count is not None:
             group.masks[:] = False
             group.masks[1, : min(count, 12)] = True

@@ -1,8 +1,8 @@
 """One loss curve: single, ddp, fsdp2 and hybrid sharding at equal global batch and group size.
 
 MLP heads with Sinkhorn, randomized heads with centring, a change or a slide from one to the other, the change
-after steps with a frozen backbone; drop path 0.3, groups with 0, 5 and 17 masked patches. Differences are
-those of the order of sums.
+after steps with a frozen backbone, SwAV with a queue; drop path 0.3, groups with 0, 5 and 17 masked patches.
+Differences are those of the order of sums.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from tests.engines.processes import on_ranks
 from tests.golden_files import relative_error
 from tests.test_golden import key_bias_removed
 
-HEADS = ("mlp", "rmlp", "change", "mix")
+HEADS = ("mlp", "rmlp", "change", "mix", "swav")
 Case = dict[str, Any]
 TWO: list[Case] = [
     *({"kind": kind, "head": head} for kind in ("ddp", "fsdp2") for head in HEADS),

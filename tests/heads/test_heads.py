@@ -29,6 +29,22 @@ def tokens(rows=10, dim=DIM):
     )
 
 
+def test_a_normed_last_layer_has_no_lengths_to_train():
+    trained, normed = (
+        MlpHead(DIM, HeadConfig(prototypes=30, hidden_dim=16, bottleneck_dim=8, norm_last_layer=norm))
+        for norm in (False, True)
+    )
+    for head in (trained, normed):
+        init_weights(head, seed=0)
+    assert trained.state_dict().keys() - normed.state_dict().keys() == {"last_layer.weight_g"}
+    expected = trained(tokens()).logits()
+    assert torch.equal(normed(tokens()).logits(), expected)
+    torch.testing.assert_close(normed.last_layer().norm(dim=1), torch.ones(30))
+    with torch.no_grad():
+        normed.last_layer.weight_v.mul_(3)
+    torch.testing.assert_close(normed(tokens()).logits(), expected)
+
+
 def test_mlp_head_is_cosine_similarity_times_the_prototypes_length():
     head = MlpHead(DIM, HeadConfig(prototypes=30, hidden_dim=16, bottleneck_dim=8))
     init_weights(head, seed=0)
