@@ -4,10 +4,11 @@
     python benchmarks/yardstick.py --shards data/cifar10 --patch-size 4 --seeds 0 --steps 400
 
 For each seed configs/demo.yaml (scikit-learn's digits, MLP heads) and, from its teacher, demo_rmlp.yaml
-(randomized heads), both by `python -m pretrain`, so that the product itself is measured. With `--shards` the
-same model trains on DIR/train-*.tar and is judged on DIR/test-*.tar, which need labels. Overrides reach every
-run. Started again, it continues where it was stopped; what is finished is not run again. Exit status 1: the
-accuracy on the digits is more than the margin below that of the original DINOv2 trainer.
+(randomized heads), both by `python -m pretrain`, so that the product itself is measured; `--method swav`
+takes swav_demo.yaml and swav_demo_rmlp.yaml. With `--shards` the same model trains on DIR/train-*.tar and is
+judged on DIR/test-*.tar, which need labels. Overrides reach every run. Started again, it continues where it was
+stopped; what is finished is not run again. Exit status 1: the accuracy on the digits is more than the margin
+below that of the original DINOv2 trainer.
 """
 
 import argparse
@@ -29,6 +30,10 @@ from pretrain.errors import InputError
 from pretrain.run.durable import write_text
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = {  # by method: with trainable heads, with randomized ones
+    "dinov2": ("demo.yaml", "demo_rmlp.yaml"),
+    "swav": ("swav_demo.yaml", "swav_demo_rmlp.yaml"),
+}
 STEPS, PATCH_SIZE = 300, 8  # of the setting that the original trainer was measured with
 
 
@@ -56,6 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(prog="yardstick.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings of every run")
+    parser.add_argument("--method", choices=RECIPES, default="dinov2", help="default: dinov2")
     parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="A,B", help="default: 0,1,2")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"with MLP heads; default {STEPS}")
     parser.add_argument(
@@ -69,8 +75,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--results", type=Path, metavar="FILE", help="Markdown; the curves go beside it as SVG"
     )
     options = parser.parse_intermixed_args(arguments)
-    name = f"yardstick_{options.shards.resolve().name}" if options.shards else "yardstick"
-    options.work = options.work or Path("runs") / name
+    parts = ["yardstick"] if options.method == "dinov2" else ["yardstick", options.method]
+    parts += [options.shards.resolve().name] if options.shards else []
+    options.work = options.work or Path("runs") / "_".join(parts)
     return options
 
 
@@ -88,14 +95,14 @@ def phases(options: argparse.Namespace, seed: int) -> list[Phase]:
         f"log.knn.train={data}/train-*.tar",
         f"log.knn.test={data}/test-*.tar",
     ]
-    every = f"log.knn.every={options.knn_every}"
+    every, (trained, randomized) = f"log.knn.every={options.knn_every}", RECIPES[options.method]
     first = Phase(
-        work / f"seed_{seed}", CONFIGS / "demo.yaml", options.steps, [*common, every, *options.overrides]
+        work / f"seed_{seed}", CONFIGS / trained, options.steps, [*common, every, *options.overrides]
     )
     start = f"model.init_from={first.export}"
     second = Phase(
         work / f"seed_{seed}_rmlp",
-        CONFIGS / "demo_rmlp.yaml",
+        CONFIGS / randomized,
         options.rmlp_steps,
         [*common, start, *options.overrides],
     )
@@ -172,10 +179,11 @@ def measure(options: argparse.Namespace) -> Outcome:
     curves: dict[int, list[Curve]] = {}
     for seed in options.seeds:
         curves[seed] = [complete(phase) for phase in phases(options, seed)]
-    as_original = not options.shards and not options.overrides
+    as_original = not options.shards and not options.overrides and options.method == "dinov2"
     as_original = as_original and (options.steps, options.patch_size) == (STEPS, PATCH_SIZE)
     return Outcome(
         data=options.shards.resolve().name if options.shards else "scikit-learn digits",
+        recipes=RECIPES[options.method],
         patch_size=options.patch_size,
         overrides=options.overrides,
         steps=options.steps,

@@ -39,6 +39,7 @@ class Outcome:
     """The runs of every seed, and what they were."""
 
     data: str
+    recipes: tuple[str, str]  # of configs/: with trainable heads, with randomized ones
     patch_size: int  # pixels
     overrides: list[str]
     steps: int  # with MLP heads
@@ -92,7 +93,7 @@ def markdown(outcome: Outcome, chart: str = "") -> str:
         f"# Yardstick: {outcome.data}, {outcome.steps} steps, patch {outcome.patch_size}",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}. {machine()}.",
-        f"Setting: `configs/demo.yaml`, then `configs/demo_rmlp.yaml`{changed}.",
+        f"Setting: `configs/{outcome.recipes[0]}`, then `configs/{outcome.recipes[1]}`{changed}.",
         "Weighted k-NN (k 20) accuracy of the teacher on the held-out images, percent.",
         "",
         *_table(outcome),
@@ -157,6 +158,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
     return {
         "benchmark": "yardstick",
         "data": outcome.data,
+        "recipes": outcome.recipes,
         "patch_size_px": outcome.patch_size,
         "overrides": outcome.overrides,
         "seeds": list(outcome.first),

@@ -101,7 +101,8 @@ def _one_prototype(values: Values) -> str:
 
 
 def _no_information(values: Values) -> str:
-    known, of_patches = (values.get(f"signal/{kind}target_information", math.inf) for kind in ("", "patch_"))
+    known = values.get("signal/target_information", math.inf)
+    of_patches = values.get("signal/patch_target_information", 0.0)  # a method may have none
     if not (known < 1e-4 and of_patches < 1e-3):
         return ""
     entropy, share = _number(values, "teacher_entropy"), _number(values, "teacher_entropy_share")
@@ -148,7 +149,8 @@ RULES = (
     Rule(
         _equal_features,
         "This is collapse of the features: the class token does not tell images apart. Raise "
-        "loss.koleo_weight (0.1), lower optim.lr, or use loss.centering=sinkhorn.",
+        "loss.koleo_weight (0.1), lower optim.lr, or use loss.centering=sinkhorn; with a queue of SwAV raise "
+        "method.queue_start_step, or do without.",
         late=True,
     ),
 )

@@ -15,6 +15,7 @@ from pretrain.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
+RECIPES = ("demo.yaml", "demo_rmlp.yaml")
 TOY = (
     *("optim.warmup_steps=1", "optim.global_batch_size=8", "data.group_size=8", "data.workers=0"),
     *("model.depth=1", "model.embed_dim=24", "checkpoint.every=1", "log.tensorboard=false"),
@@ -38,7 +39,7 @@ def yardstick(report):
 
 def outcome(report, *last: tuple[float, float], as_original: bool = True):
     curves = {seed: report.Curve({0: (40.0, 45.0), 300: score}, [100.0]) for seed, score in enumerate(last)}
-    return report.Outcome("scikit-learn digits", 8, [], 300, 60, curves, curves, as_original)
+    return report.Outcome("scikit-learn digits", RECIPES, 8, [], 300, 60, curves, curves, as_original)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_warnings_are_counted(yardstick, report, tmp_path):
     text = "step 2: WARNING: all on one prototype\nstep 4/4  loss 1.0\nstep 4: WARNING: not finite\n"
     first.folder.with_suffix(".log").write_text(text)
     curve = yardstick.read_curve(first.folder)
-    result = report.Outcome("digits", 8, [], 4, 0, {0: curve, 1: curve}, {}, False)
+    result = report.Outcome("digits", RECIPES, 8, [], 4, 0, {0: curve, 1: curve}, {}, False)
     assert report.figures(result)["warnings"] == 4
     assert "Warnings that the runs printed: 4." in report.markdown(result)
 
