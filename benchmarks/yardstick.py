@@ -6,9 +6,9 @@
 For each seed configs/demo.yaml (scikit-learn's digits, MLP heads) and, from its teacher, demo_rmlp.yaml
 (randomized heads), both by `python -m pretrain`, so that the product itself is measured; `--method swav`
 takes swav_demo.yaml and swav_demo_rmlp.yaml. With `--shards` the same model trains on DIR/train-*.tar and is
-judged on DIR/test-*.tar, which need labels. Overrides reach every run. Started again, it continues where it was
-stopped; what is finished is not run again. Exit status 1: the accuracy on the digits is more than the margin
-below that of the original DINOv2 trainer.
+judged on DIR/test-*.tar, which need labels. Overrides reach every run. Started again, it continues where it
+was stopped; what is finished is not run again. Exit status 1: the accuracy on the digits is more than the
+margin below that of the original DINOv2 trainer.
 """
 
 import argparse

@@ -139,6 +139,14 @@ def test_uniform_class_targets_alone_are_no_warning() -> None:
     assert warnings(CollapseWatch(30, 128), ((step, silent) for step in range(0, 400, 10))) == []
 
 
+def test_a_method_without_patch_targets_is_judged_by_its_class_tokens() -> None:
+    blind = {k: v for k, v in logged(target_information=0.0).items() if "patch" not in k}
+    lines = [
+        line for _, line in warnings(CollapseWatch(30, 128), ((step, blind) for step in range(0, 400, 10)))
+    ]
+    assert len(lines) == 1 and "uniform target" in lines[0]
+
+
 def test_a_teacher_that_lags_behind_is_no_collapse() -> None:
     """With LayerScale 1e-5 all tokens are alike at first; the student's part long before the teacher's."""
     lagging = logged(teacher_cosine=0.9999, student_cosine=0.5)
