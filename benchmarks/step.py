@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import mean, median
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from step_baseline import Baseline, Mark, masks_upper_bound
@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
     add("centering", "sinkhorn", "how teacher outputs become targets", choices=["softmax", "sinkhorn"])
     add("drop-path", 0.0, "drop-path rate", type=float, metavar="RATE")
     add("precision", "fp32", "bf16 means autocast, on both sides", choices=["fp32", "bf16"])
-    add("attention", "auto", "back end of our side", choices=["auto", "sdpa", "math"])
+    add("attention", "auto", "back end of our side", choices=get_args(schema.Attention))
     add("device", "auto", "auto takes a GPU where there is one", choices=["auto", "cpu", "cuda"])
     add("threads", 1, "threads on a CPU", type=at_least(1), metavar="N")
     add("steps", 1, "steps in a turn, each on its own batch", type=at_least(1), metavar="N")
