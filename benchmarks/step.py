@@ -16,15 +16,14 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from statistics import mean, median
 from typing import Any, NoReturn, get_args
 
 import torch
 from step_baseline import Baseline, masks_upper_bound
-from step_cost import Cost, matrix_ceiling, peak_bytes
-from step_ours import ARCHS, Ours, initial_weights, random_batch, recipe
+from step_cost import Cost, device_name, matrix_ceiling, peak_bytes
+from step_ours import ARCHS, Ours, at_least, initial_weights, random_batch, recipe
 from step_turns import Runner, Side, take_turns
 from torch import Tensor
 
@@ -43,17 +42,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Without the usage."""
         self.exit(2, f"step.py: {message} (--help lists the options)\n")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of option: whole numbers from `least` up."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} up, got {text}")
-        return int(text)
-
-    return number
 
 
 def parse() -> argparse.Namespace:
@@ -157,12 +145,11 @@ def summary(times: list[float], images: int, floor: float, peak: float) -> dict[
 
 def setting(options: argparse.Namespace, device: torch.device) -> Figures:
     """What the figures hold for."""
-    gpu = device.type == "cuda"
     return {
         **{name: value for name, value in vars(options).items() if name != "memory_of"},
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "device": device_name(device),
         "torch": torch.__version__,
-        "clock": "CUDA events" if gpu else "CPU time of the process",
+        "clock": "CUDA events" if device.type == "cuda" else "CPU time of the process",
         "load_average": round(os.getloadavg()[0], 1),
     }
 

@@ -31,6 +31,13 @@ def durations(points: Sequence[Any]) -> list[float]:
     return [start.elapsed_time(end) / 1000 for start, end in pairwise(points)]
 
 
+def device_name(device: torch.device) -> str:
+    """For people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def peak_bytes(device: torch.device) -> int:
     """Most memory of this process so far: resident on a CPU, allocated on a GPU."""
     if device.type == "cuda":

@@ -1,5 +1,7 @@
-"""The package's training step as a benchmark runs it: a recipe of any size, noise, the step itself."""
+"""The package's training step as a benchmark runs it: its recipe, noise, the step itself."""
 
+import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,17 @@ from pretrain.seeding import numpy_stream, torch_stream
 GLOBAL_SIZE, LOCAL_SIZE = 224, 96  # pixels; the second is rounded to whole patches
 ARCHS = ["tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 TINY = {"arch": "custom", "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of option: whole numbers from `least` up."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} up, got {text}")
+        return int(text)
+
+    return number
 
 
 def recipe(arch: str, patch: int, images: int, engine: schema.EngineConfig, **model: Any) -> Config:
