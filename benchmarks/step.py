@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --arch vit_small --patch-size 14 --batch 4 --precision fp32
     python benchmarks/step.py --arch tiny --prototypes 512 --batch 2     # takes seconds
+    python benchmarks/step.py --arch vit_large --patch-size 16 --batch 64 --precision bf16 --compile
 
 Both sides start from the same weights, see the same batches of noise and take turns in random order; their
 losses and gradient norms are compared. Times are process CPU time on a CPU, events on a GPU; on a CPU they
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     add("threads", 1, "threads on a CPU", type=at_least(1), metavar="N")
     add("steps", 1, "steps in a turn, each on its own batch", type=at_least(1), metavar="N")
     add("repeats", 5, "turns of each side after a warm-up turn", type=at_least(1), metavar="N")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each block, of our side")
     parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # in a child process
     return parser.parse_args()
 
@@ -73,7 +75,7 @@ def parse() -> argparse.Namespace:
 def configuration(options: argparse.Namespace) -> Config:
     """The recipe with the asked heads and losses."""
     names = {"ffn_layer": options.ffn, "drop_path_rate": options.drop_path, "attention": options.attention}
-    engine = schema.EngineConfig(device=options.device, precision=options.precision)
+    engine = schema.EngineConfig(device=options.device, precision=options.precision, compile=options.compile)
     cfg = replace(
         recipe(options.arch, options.patch_size, options.batch, engine, **names),
         dino_head=schema.HeadConfig(kind=options.head, prototypes=options.prototypes),
