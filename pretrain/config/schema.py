@@ -220,6 +220,7 @@ class MaskConfig:
     ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # smallest, largest masked share
     min_patches: int = 4  # smallest block
     min_aspect: float = 0.3  # blocks are between this and its inverse, height / width
+    bucket: int = 1  # masked patches of a micro-batch are padded to a multiple of this, so that shapes repeat
 
 
 @dataclass(frozen=True)
