@@ -35,6 +35,7 @@ from pretrain.optim.schedules import Schedules, StepValues
 from pretrain.ranks import detect
 from pretrain.report import Report
 from pretrain.run.checkpoint import Checkpoints
+from pretrain.run.garbage import StepwiseCollector
 from pretrain.run.lock import RunLock
 from pretrain.run.preemption import Preemption
 from pretrain.run.profiling import PhaseTimer, StepProfiler
@@ -161,7 +162,8 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
     traced = cfg.log.profile_steps if distributed.is_main() else []
     profiler = StepProfiler(run.folder / "tensorboard", traced, run.step)
 
-    with profiler, Watchdog(run.folder / "stacks", cfg.engine) as watchdog:
+    watched, collected = Watchdog(run.folder / "stacks", cfg.engine), StepwiseCollector()
+    with profiler, watched as watchdog, collected as collector:
         for step, micro_batches in timer.each("data", read_steps(run)):
             values = run.schedules.at(step)
             result, observation = train_step(run, step, values, micro_batches, timer)
@@ -187,6 +189,7 @@ def run_loop(run: Run, report: Report, preemption: Preemption) -> None:
                     report.evaluate(run.step)
             if due(run, cfg.checkpoint.every):
                 save_checkpoint(run)  # last: a run that is killed before it does what is missing once more
+            collector.step(run.step)
             watchdog.step()
 
 

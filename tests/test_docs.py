@@ -180,7 +180,7 @@ def unknown_keys(text: str) -> list[str]:
     known = {key.rsplit(".", i)[0] for key in settings(Config()) for i in range(key.count(".") + 1)}
     quoted = [word.strip(",;:") for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()]
     keys = [match[1] for word in quoted if (match := KEY.fullmatch(word)) and not word.endswith(FILES)]
-    free = ("engine.deepspeed.extra.", "teacher.backbone.")  # another program's settings; names of tensors
+    free = ("engine.deepspeed.extra.", "teacher.backbone", "teacher.dino_head")  # and tensors
     return [key for key in keys if key not in known and not key.startswith(free)]
 
 

@@ -66,6 +66,8 @@ NESTED = {  # only for speed: these answer before torch is imported
     ("pretrain.engines.deepspeed_start", "pretrain.engines.deepspeed_engine"),  # not always installed
     *{("pretrain.export.foreign_models", name) for name in ("transformers", "timm")},  # likewise
     ("pretrain.surgery.consolidate", "deepspeed.utils.zero_to_fp32"),  # likewise
+    ("pretrain.models.packed_attention", "xformers"),  # likewise
+    ("pretrain.models.attention", "pretrain.models.packed_attention"),  # torch.compile comes along
 }
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
 

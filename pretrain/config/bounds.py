@@ -26,7 +26,7 @@ BOUNDS = (
         dino_head.num_layers ibot_head.hidden_dim ibot_head.bottleneck_dim ibot_head.num_layers
         loss.sinkhorn_iterations data.open_shards data.group_size data.prefetch data.decode.max_pixels
         data.io_attempts
-        data.global_crops.size data.local_crops.size data.local_crops.number mask.min_patches
+        data.global_crops.size data.local_crops.size data.local_crops.number mask.min_patches mask.bucket
         optim.global_batch_size engine.accumulation_steps engine.fsdp2.replicate checkpoint.every
         checkpoint.keep checkpoint.export_every log.every log.knn.k log.knn.resize log.knn.crop
         log.knn.batch_size log.images.number log.artifacts.number run.preemption_check_every

@@ -35,6 +35,7 @@ def check(cfg: Config) -> None:
     for key, fault in method_faults(cfg):  # first: other rules ask for what a method may not have
         _require(False, key, fault)
     _check_model(cfg.model)
+    _check_attention(cfg)
     _check_sizes(cfg)
     _check_data(cfg.data)
     _check_channels(cfg.data, cfg.model.in_channels)
@@ -90,6 +91,20 @@ def _check_model(model: ModelConfig) -> None:
     _require(not model.register_neurons, "model.register_neurons", fault)
     width, _, heads = vit_shape(model)
     _require(width % heads == 0, "model.num_heads", f"{heads} heads do not divide width {width}; change one")
+
+
+def _check_attention(cfg: Config) -> None:
+    """The kernels that take all crops at once are for GPUs in half precision."""
+    name, precision = cfg.model.attention, cfg.engine.precision
+    if name not in ("varlen", "xformers"):
+        return
+    key, fix = "model.attention", "or use model.attention=auto"
+    _require(precision == "bf16", key, f"{name} needs engine.precision=bf16, not {precision}; set it, {fix}")
+    _require(cfg.engine.device != "cpu", key, f"{name} needs a GPU; set engine.device=auto, {fix}")
+    width, _, heads = vit_shape(cfg.model)
+    channels = width // heads
+    fault = f"{name} takes heads of 8, 16, ... 256 channels, not {channels}; change model.num_heads, {fix}"
+    _require(channels % 8 == 0 and channels <= 256, key, fault)
 
 
 def _check_sizes(cfg: Config) -> None:

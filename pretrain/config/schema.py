@@ -12,6 +12,7 @@ Architecture = Literal["vit_small", "vit_base", "vit_large", "vit_giant2", "cust
 HeadKind = Literal["mlp", "rmlp", "mix"]
 RmlpInit = Literal["gaussian", "orthogonal", "rademacher", "sparse"]
 Recomputed = Literal["none", "selective", "full"]
+Attention = Literal["auto", "sdpa", "math", "varlen", "xformers"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class ModelConfig:
     drop_path_uniform: bool = True  # the same rate in every block; false = linear from 0 to the rate
     pos_embed_antialias: bool = False  # true in the released register models
     pos_embed_offset: float = 0.1  # grid-size offset of interpolation; 0.0 in the released register models
-    attention: Literal["auto", "sdpa", "math"] = "auto"  # auto: math on CPU in bf16, sdpa elsewhere
+    attention: Attention = "auto"  # auto: math on CPU in bf16, sdpa elsewhere; varlen (PyTorch) and xformers
+    # (that package) take all crops in one call, on GPUs in bf16 only; not measured
     init_from: str = ""  # backbone to start from: any file or folder that tools/surgery.py reads, such as a
     # released .pth, a folder of Hugging Face or timm, an export; empty = random weights; docs/surgery.md
 
@@ -218,6 +220,7 @@ class MaskConfig:
     ratio: list[float] = field(default_factory=lambda: [0.1, 0.5])  # smallest, largest masked share
     min_patches: int = 4  # smallest block
     min_aspect: float = 0.3  # blocks are between this and its inverse, height / width
+    bucket: int = 1  # masked patches of a micro-batch are padded to a multiple of this, so that shapes repeat
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ Shapes here: n groups, gs images in a group, B = n * gs, and those of `pretrain.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pretrain.batch import Batch
 from pretrain.data.drop_path import PADDING, Rows
 from pretrain.data.slots import SlotArrays
 
 
-def collate(slot: SlotArrays, position: int) -> Batch:
+def collate(slot: SlotArrays, position: int, bucket: int = 1) -> Batch:
     """One micro-batch; its crops are views of the slot.
 
     Args:
         slot: filled.
         position: of the first image.
+        bucket: masked patches are padded to a multiple of this.
     """
     size = slot.group_size
     masks = _join_masks(slot)
@@ -25,8 +27,8 @@ def collate(slot: SlotArrays, position: int) -> Batch:
         global_crops=torch.from_numpy(slot.global_crops).flatten(0, 1),
         local_crops=torch.from_numpy(slot.local_crops).flatten(0, 1),
         masks=masks,
-        mask_indices=_at_least_one(masks.flatten().nonzero().flatten()),
-        mask_weights=_at_least_one(_mask_weights(masks)),
+        mask_indices=_padded(masks.flatten().nonzero().flatten(), bucket),
+        mask_weights=_padded(_mask_weights(masks), bucket),
         drop_global=_join_rows(slot.drop_global, size),
         drop_local=_join_rows(slot.drop_local, size),
         group_size=size,
@@ -47,9 +49,10 @@ def _mask_weights(masks: Tensor) -> Tensor:
     return weights.expand_as(masks)[masks]
 
 
-def _at_least_one(rows: Tensor) -> Tensor:
-    """Zero for the row of a batch without masks: the head always runs, and a row of weight 0 is padding."""
-    return rows if len(rows) else rows.new_zeros(1)
+def _padded(rows: Tensor, bucket: int) -> Tensor:
+    """Zeros up to a multiple of the bucket, at least one: the head always runs. Weight 0 marks padding."""
+    missing = -len(rows) % bucket if len(rows) else bucket
+    return pad(rows, (0, missing))
 
 
 def _join_rows(rows: Rows | None, size: int) -> Tensor | None:

@@ -180,7 +180,8 @@ class _Feed:
             self._collect(seconds=None)
         done = self.pending.popleft()
         arrays = self.slots.arrays(done.slot)
-        return self.copier.send(collate(arrays, done.position), done.slot, arrays)
+        batch = collate(arrays, done.position, self.loader.cfg.mask.bucket)
+        return self.copier.send(batch, done.slot, arrays)
 
     def _schedule(self) -> None:
         """Give every free slot a micro-batch to come."""

@@ -17,7 +17,7 @@ def noise_batch(cfg: Config, images: int, position: int = 0) -> Batch:
     slot, size = SlotLayout(cfg, images).allocate(), cfg.data.group_size
     for i in range(slot.num_groups):
         fill_with_noise(cfg, slot.group(i), position + i * size)
-    return collate(slot, position)
+    return collate(slot, position, cfg.mask.bucket)
 
 
 def fill_with_noise(cfg: Config, out: GroupArrays, position: int) -> None:

@@ -24,6 +24,14 @@ KEPT = frozenset(  # dear to compute, and small beside what lies between them
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
+        aten._efficient_attention_forward.default,
+    }
+)
+KEPT_BY_NAME = frozenset(  # likewise; they exist once their package is imported
+    {
+        "torch_attn._varlen_attn.default",
+        "xformers_flash.flash_fwd.default",
+        "xformers_flash3.flash_fwd.default",
     }
 )
 
@@ -57,5 +65,10 @@ def _keep_products() -> Any:
     return create_selective_checkpoint_contexts(_policy)
 
 
+def is_kept(operation: Any) -> bool:
+    """Whether selective checkpointing keeps the results of a dispatched operation."""
+    return operation in KEPT or str(operation) in KEPT_BY_NAME
+
+
 def _policy(_context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept(operation) else CheckpointPolicy.PREFER_RECOMPUTE

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.batch import Batch
-from pretrain.engines.activations import KEPT, Mode
+from pretrain.engines.activations import Mode, is_kept
 from pretrain.engines.single import SingleEngine
 from pretrain.models.block import Block
 
@@ -86,7 +86,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func in KEPT:
+        if is_kept(func):
             tensors = output if isinstance(output, tuple) else (output,)
             self.bytes += sum(t.nbytes for t in tensors if isinstance(t, Tensor))
         return output

@@ -1,6 +1,7 @@
 """One device, no communication."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from pretrain.optim.groups import set_step_values
 from pretrain.optim.schedules import StepValues
 from pretrain.sharded import full, local
 
+RECOMPILE_LIMIT = 32
+
 
 class SingleEngine:
     """Student, teacher and method on one CPU or GPU, in fp32 or with bf16 autocast."""
@@ -40,9 +43,8 @@ class SingleEngine:
         self.method = method.to(device)
         teacher.requires_grad_(False).eval()
         checkpoint_activations(student.backbone.blocks, engine.activation_checkpointing)
-        for branch in self.branches.values() if engine.compile else ():
-            for block in branch.backbone.blocks:
-                block.compile()  # in place: names of parameters stay
+        if engine.compile:
+            compile_blocks(self.branches.values())
         self.clip_grad_norm = optim.clip_grad_norm
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=engine.precision == "bf16")
         self.optimizer = build_adamw(student, optim)
@@ -136,6 +138,19 @@ class SingleEngine:
         """See `Engine`."""
         gathered = ((key, full(value)) for key, value in self.branches[branch].state_dict().items())
         return {key: value.detach().cpu().clone() for key, value in gathered if is_main()}
+
+
+def compile_blocks(branches: Iterable[SSLBranch]) -> None:
+    """Compile each block in place: names of parameters stay.
+
+    All blocks share their compiled code, and it has more variants than the 8 that PyTorch allows before it
+    gives up: student, teacher and k-NN, inner and last blocks, each at first for one number of tokens and
+    then for any.
+    """
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    for branch in branches:
+        for block in branch.backbone.blocks:
+            block.compile()
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:

@@ -38,7 +38,10 @@ sys.meta_path.insert(0, Refuse())
 """
 COUNT = """
 from pretrain.method.branch import branch_output
-from step import Cost, SSLBranch, configuration, initial_weights, parse, random_batch
+from pretrain.method.branch import SSLBranch
+from step import configuration, parse
+from step_cost import Cost
+from step_ours import initial_weights, random_batch
 from torch.utils.flop_counter import FlopCounterMode
 
 cfg = configuration(parse())

@@ -79,6 +79,18 @@ REFUSED = [
     (["model.depth=4"], "model.depth: model.arch=vit_large sets it; remove it or use model.arch=custom"),
     ([*CUSTOM, "model.num_heads=5"], "model.num_heads: 5 heads do not divide width 96"),
     (["model.register_neurons=[[2,0]]"], "model.register_neurons: test-time registers are for released"),
+    (
+        ["model.attention=varlen", "engine.precision=fp32"],
+        "model.attention: varlen needs engine.precision=bf16, not fp32; set it, or use model.attention=auto",
+    ),
+    (
+        ["model.attention=xformers", "engine.precision=bf16", "engine.device=cpu"],
+        "model.attention: xformers needs a GPU; set engine.device=auto, or use model.attention=auto",
+    ),
+    (
+        [*CUSTOM, "model.embed_dim=36", "model.attention=xformers", "engine.precision=bf16"],
+        "model.attention: xformers takes heads of 8, 16, ... 256 channels, not 12; change model.num_heads",
+    ),
     (["model.in_channels=1"], "model.in_channels: 1 is not data.channels=3; set both"),
     (["data.channels=0"], "data.channels: must be between 1 and 128, got 0"),
     ([*GREY, "data.mean=[0.5,0.5,0.5]"], "data.mean: needs 1 values, one a channel, got [0.5, 0.5, 0.5]"),
@@ -190,6 +202,7 @@ ALLOWED = [
     [*SWAV, "dino_head.kind=rmlp", "rmlp.share_dino_ibot=true", "dino_head.norm_last_layer=false"],
     ["dino_head.norm_last_layer=true"],
     [*CUSTOM],
+    [*CUSTOM, "model.attention=varlen", "engine.precision=bf16"],
     [*GREY],
     ["data.decode.window=[-1000,2000.5]"],
     ["data.decode.window=null"],

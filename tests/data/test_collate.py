@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from pretrain.config.schema import MaskConfig
@@ -98,6 +99,18 @@ def test_no_drop_path_and_no_masks() -> None:
     batch = collate(slot_of([group._replace(masks=np.zeros_like(group.masks))]), 0)
     assert batch.drop_global is None and batch.drop_local is None
     assert batch.mask_indices.tolist() == [0] and batch.mask_weights.tolist() == [0]  # padding
+
+
+@pytest.mark.parametrize("bucket", [1, 4, 7, 64])
+def test_masked_patches_are_padded_to_whole_buckets(bucket: int) -> None:
+    padded = collate(slot_of(GROUPS), 100, bucket)
+    number = len(BATCH.mask_indices)
+    assert len(padded.mask_indices) == -(-number // bucket) * bucket == len(padded.mask_weights)
+    assert torch.equal(padded.mask_indices[:number], BATCH.mask_indices)
+    assert torch.equal(padded.mask_weights[:number], BATCH.mask_weights)
+    assert not padded.mask_weights[number:].any() and not padded.mask_indices[number:].any()
+    unmasked = make_group(0)._replace(masks=np.zeros_like(GROUPS[0].masks))
+    assert collate(slot_of([unmasked]), 0, bucket).mask_weights.tolist() == [0] * bucket
 
 
 def test_position_and_sizes() -> None:

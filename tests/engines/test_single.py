@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from pretrain.config.schema import EngineConfig, HeadConfig, IbotHeadConfig, LossConfig, RmlpConfig
 from pretrain.engines.single import SingleEngine, clip_gradients
@@ -58,6 +59,23 @@ def joined(batches):
         mask_weights=weights,
         group_size=size,
     )
+
+
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("kind", ["mlp", "rmlp"])
+def test_padded_masks_change_nothing_but_rounding(centering, kind):
+    head = HeadConfig(kind=kind, prototypes=40, hidden_dim=32, bottleneck_dim=16)
+    cfg = small_config(loss=LossConfig(centering=centering), dino_head=head, rmlp=RmlpConfig(outputs=48))
+    exact, padded = build(cfg), build(cfg)
+    for step in range(3):
+        batch = random_batch(cfg, 4, seed=step)
+        columns = {name: pad(getattr(batch, name), (0, 9)) for name in ("mask_indices", "mask_weights")}
+        whole, norms = train_step(*exact, cfg, [batch], step)
+        other, others = train_step(*padded, cfg, [replace(batch, **columns)], step)
+        assert other == pytest.approx(whole, rel=1e-6)
+        assert {k: v.item() for k, v in others.items()} == pytest.approx(
+            {k: v.item() for k, v in norms.items()}, rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
