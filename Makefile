@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 # Waiting OpenMP threads sleep: on shared cores spinning ones slow everything down by far more than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-gpu drill format lint types docs
+.PHONY: setup demo smoke test test-gpu drill format lint types docs
 
 setup: $(INSTALLED)
 
@@ -22,6 +22,9 @@ $(BIN)/pip:
 
 demo: setup
 	$(BIN)/python tools/demo.py
+
+smoke: setup
+	$(BIN)/python tools/smoke.py
 
 test: setup lint types
 	$(BIN)/python -m pytest -m "not gpu and not drill"
