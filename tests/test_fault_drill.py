@@ -23,7 +23,7 @@ from tests.rank_processes import ROOT, ended, start_ranks
 pytestmark = [pytest.mark.drill, pytest.mark.dist]
 
 STEPS, KILLS, SEED = 600, 50, 0
-ALIVE = (3.0, 9.0)  # seconds from a start to its kill: before the first step, in steps, in saves
+ALIVE = (0.0, 6.0)  # seconds from a run's lock to its kill: while it is built, in steps, in saves
 
 
 def config(shards: Path, run: Path) -> str:
@@ -56,7 +56,11 @@ def to_the_end(path: str, folder: Path) -> None:
 
 def killed(path: str, folder: Path, seconds: float, rank: int) -> bool:
     """Start, and kill one rank after some seconds; whether it was still running."""
+    lock, started = Path(path).with_suffix("") / "run.lock", time.time()
     processes = start_ranks(["-m", "pretrain", path], folder)
+    while not lock.exists() or lock.stat().st_mtime < started:
+        assert processes[0].poll() is None, (folder / "0.err").read_text()
+        time.sleep(0.01)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and processes[rank].poll() is None:
         time.sleep(0.01)
