@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 # Waiting OpenMP threads sleep: on shared cores spinning ones slow everything down by far more than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo smoke test test-gpu drill format lint types docs
+.PHONY: setup demo smoke test test-gpu drill fuzz format lint types docs
 
 setup: $(INSTALLED)
 
@@ -34,6 +34,9 @@ test-gpu: setup
 
 drill: setup
 	$(BIN)/python -m pytest -m drill
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --seconds 600
 
 format: setup
 	$(BIN)/ruff check --fix-only . && $(BIN)/ruff format .

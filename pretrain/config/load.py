@@ -26,6 +26,9 @@ COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)=(?P<value>.*)", re.DOTALL)
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it
 
+# of PyYAML's constructors: a date of month 99, an alias of itself, brackets a thousand deep
+YAML_VALUE_FAULTS = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
 
 class ConfigError(InputError):
     """A config or override that cannot be used: `source: section.key: what is wrong`."""
@@ -122,6 +125,8 @@ def _read_yaml(path: Path, asked_by: Path | None) -> dict[Any, Any]:
         raise ConfigError(f"{path}: {_fault(error)}") from error
     except OSError as error:
         raise _unreadable(path, error, asked_by) from error
+    except YAML_VALUE_FAULTS as error:
+        raise ConfigError(f"{path}: {_value_fault(error)}") from error
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: must hold `section:` mappings, not a list")
     return cast(dict[Any, Any], OmegaConf.to_container(content, resolve=False))
@@ -146,6 +151,8 @@ def _read_override(text: str) -> Source:
         raise ConfigError(f"{COMMAND_LINE}: {key}: {_yaml_fault(error)}{hint}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{COMMAND_LINE}: {key}: {_first_line(error)}") from error
+    except YAML_VALUE_FAULTS as error:
+        raise ConfigError(f"{COMMAND_LINE}: {key}: {_value_fault(error)}") from error
     return _source(COMMAND_LINE, cast(dict[Any, Any], OmegaConf.to_container(values, resolve=False)))
 
 
@@ -259,6 +266,12 @@ def _line(error: yaml.YAMLError) -> str:
 
 def _yaml_fault(error: yaml.YAMLError) -> str:
     return f"not valid YAML: {' '.join(str(getattr(error, 'problem', None) or error).split())}"
+
+
+def _value_fault(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "not valid YAML: nested too deep, or an alias of itself"
+    return f"not valid YAML: a value cannot be read ({_first_line(error)}); put text in quotes"
 
 
 def _escape(value: Any) -> Any:

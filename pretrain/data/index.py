@@ -20,6 +20,7 @@ from pretrain.errors import InputError
 MAGIC = b"PTINDEX2"
 HEADER = struct.Struct("<8sIIQQ")
 NO_LABEL = -1
+MAX_KEY_BYTES = 1 << 20  # more is a damaged head: no such record has a type in numpy
 
 Records = np.ndarray[Any, np.dtype[np.void]]
 
@@ -71,7 +72,9 @@ def read_header(index: Path) -> IndexHeader | None:
     if len(head) < HEADER.size:
         return None
     header = IndexHeader(*HEADER.unpack(head))
-    if header.magic != MAGIC or size != HEADER.size + header.samples * header.record_type.itemsize:
+    if header.magic != MAGIC or header.key_bytes > MAX_KEY_BYTES:
+        return None
+    if size != HEADER.size + header.samples * header.record_type.itemsize:
         return None
     return header
 

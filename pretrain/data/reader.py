@@ -128,7 +128,9 @@ class Reader:
         opened = self._shard(shard)
         try:
             record = opened.records[index]
-            return record, os.pread(opened.tar, int(record["size"]), int(record["offset"]))
+            size, offset = int(record["size"]), int(record["offset"])
+            inside = offset + size <= opened.records.header.tar_size  # else memory for what is not there
+            return record, os.pread(opened.tar, size, offset) if inside else b""
         except OSError:  # a stale handle does not recover; another attempt opens the file anew
             self._open.pop(shard).close()
             raise

@@ -104,10 +104,11 @@ def _octal(field: bytes) -> int:
 
 def _size(header: bytes, pending: _Pending, path: Path, position: int) -> int:
     """Bytes of the member: from a pax header, in base 256, or in octal."""
-    if pending.size is not None:
-        return pending.size
     field = header[124:136]
-    size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
+    if pending.size is not None:
+        size = pending.size
+    else:
+        size = int.from_bytes(field[1:], "big") if field[0] == 0x80 else _octal(field)
     if size < 0:
         raise InputError(
             f"{path}: byte {position}: damaged tar header (no size); restore or re-pack the shard"

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from pretrain.config.schema import Config
-from pretrain.data.index import index_path
+from pretrain.data.index import HEADER, MAGIC, index_path, open_index
 from pretrain.data.loader import TrainLoader
+from pretrain.data.reader import CorruptSample, Reader
 from pretrain.errors import InputError
 from tests.data.conftest import GLOBAL_BATCH
 from tests.data.pictures import encode
@@ -153,6 +154,39 @@ def test_a_damaged_shard_is_an_error(
     with pytest.raises(InputError, match=message) as caught:
         load(make_config, shard, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", [b"11 size=-1\n", b"14 size=-1024\n"])
+def test_a_negative_size_is_damage_and_not_the_way_back(tmp_path: Path, line: bytes) -> None:
+    shard = write_tar(tmp_path / "x.tar", list(pictures().items()))
+    pax = tarfile.TarInfo("pax")
+    pax.type, pax.size = tarfile.XHDTYPE, len(line)
+    shard.write_bytes(pax.tobuf() + line.ljust(512, b"\0") + shard.read_bytes())
+    with pytest.raises(InputError, match=r"x.tar: byte 1024: damaged tar header \(no size\)"):
+        Reader([shard])
+
+
+def test_an_index_with_an_impossible_head_is_built_anew(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", list(pictures().items()))
+    Reader([shard]).close()
+    whole = index_path(shard).read_bytes()
+    head = HEADER.pack(MAGIC, 2**32 - 1, 0, shard.stat().st_size, COUNT)
+    index_path(shard).write_bytes(head + whole[HEADER.size :])
+    assert Reader([shard]).sizes == [COUNT]
+    assert index_path(shard).read_bytes() == whole
+
+
+@pytest.mark.parametrize(("field", "value"), [("offset", 2**64 - 1), ("size", 2**32 - 1)])
+def test_a_record_that_points_outside_is_a_corrupt_sample(tmp_path: Path, field: str, value: int) -> None:
+    shard = write_tar(tmp_path / "x.tar", list(pictures().items()))
+    Reader([shard]).close()
+    records = open_index(index_path(shard)).copy()
+    records[3][field] = value
+    index_path(shard).write_bytes(index_path(shard).read_bytes()[: HEADER.size] + records.tobytes())
+    reader = Reader([shard])
+    with pytest.raises(CorruptSample, match="sample 0003: its bytes differ from the index"):
+        reader.read(0, 3)
+    assert reader.read(0, 4).key == "0004"
 
 
 def test_the_index_of_another_tar_is_replaced(make_config: MakeConfig, tmp_path: Path) -> None:

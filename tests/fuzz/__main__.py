@@ -1,10 +1,10 @@
-"""Feeds damaged configs, weights, shards and images to what reads them: each must work or be refused in a line.
+"""Feeds damaged configs, weights, shards and images to their readers: each must work or get one clear line.
 
 python -m tests.fuzz --seconds 600 --seed 0              # every kind for a quarter of the time
 python -m tests.fuzz --kind shards --seed 0 --case 123   # one case again, with its traceback
 
-A failed case stays in fuzz_failures/KIND-SEED-CASE/ as the files that were read, with fault.json. Exit status:
-0 no failure, 1 at least one.
+A failed case stays in fuzz_failures/KIND-SEED-CASE/ as the files that were read, with fault.json. Exit
+status: 0 no failure, 1 at least one.
 """
 
 import argparse
@@ -23,7 +23,9 @@ FAILURES = Path("fuzz_failures")
 
 def main() -> int:
     """The command line; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", choices=list(SUBJECTS), action="append")

@@ -15,12 +15,36 @@ TAR_FIELDS = {  # start and end
 }
 TAR_KINDS = b"0\x001234567LKxgSDMVX"
 NAMES = (
-    *(b"../../harm.jpg", b"/tmp/harm.jpg", b"a/../../harm.jpg", b".jpg", b".", b"", b"/", b"a.cls", b"000.json"),
+    *(
+        b"../../harm.jpg",
+        b"/tmp/harm.jpg",
+        b"a/../../harm.jpg",
+        b".jpg",
+        b".",
+        b"",
+        b"/",
+        b"a.cls",
+        b"000.json",
+    ),
     *(b"\xff\xfe.jpg", b"a b.jpg", b"a\nb.jpg", b"$(touch harm).jpg", b"-rf.jpg", b"a" * 100, b"000001.jpg"),
 )
-SIZES = (b"00000000000\0", b"77777777777\0", b"-1\0", b"99999999999\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"x")
+SIZES = (
+    b"00000000000\0",
+    b"77777777777\0",
+    b"-1\0",
+    b"99999999999\0",
+    b"\x80" + b"\xff" * 11,
+    b"\xff" * 12,
+    b"x",
+)
 PAX = (
-    *(b"12 size=abc\n", b"11 size=-1\n", b"30 size=99999999999999999999\n", b"18 path=../harm.a\n", b"999 path=a\n"),
+    *(
+        b"12 size=abc\n",
+        b"11 size=-1\n",
+        b"30 size=99999999999999999999\n",
+        b"18 path=../harm.a\n",
+        b"999 path=a\n",
+    ),
     *(b"10 path=\n\n", b"-5 a=b\n", b"0 a=b\n", b"\xff\xff", b"22 GNU.sparse.major=1\n", b"10 \xff\xff=ab\n"),
 )
 
@@ -38,7 +62,11 @@ def damage_tar(random: Random, content: bytes) -> bytes:
         return content[:start] + header + body.ljust(BLOCK, b"\0") + content[start:]
     name = random.choice(list(TAR_FIELDS))
     value = _field(random, name, content[random.choice(starts) :])
-    return content[:start] + _checked(_put(content[start : start + BLOCK], name, value)) + content[start + BLOCK :]
+    return (
+        content[:start]
+        + _checked(_put(content[start : start + BLOCK], name, value))
+        + content[start + BLOCK :]
+    )
 
 
 def _field(random: Random, name: str, other: bytes) -> bytes:

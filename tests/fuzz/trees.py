@@ -13,15 +13,52 @@ ODD = (
     *(None, True, False, 0, 1, -1, 3, 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf")),
     *(2**31, 2**63, 2**64, -(2**63), 10**40, "", " ", "a", "0", "-1", "1e999", "nan", "null", "???", "~"),
     *("${model.arch}", "${oc.env:HOME}", "${", "${a:", "$(touch harm)", "\\${x}", "{a,b", "{1..3}", "[", "*"),
-    *("../../harm", "/etc/hostname", "harm\nharm", "\x00", "\x85", "a" * 5000, "héé", "--help", "%j", "1:30:00"),
+    *(
+        "../../harm",
+        "/etc/hostname",
+        "harm\nharm",
+        "\x00",
+        "\x85",
+        "a" * 5000,
+        "héé",
+        "--help",
+        "%j",
+        "1:30:00",
+    ),
     *([], {}, [[]], [None], {"a": 1}, {"a": {"b": []}}, [1, "a", None], {1: 2}, {None: None}, {"": 0}),
 )
 SNIPPETS = (
     *("!!python/object/apply:os.system ['touch harm']", "!!python/name:os.system", "!!python/tuple [1]"),
     *("!!binary aGFybQ==", "!!binary '*'", "!!set {a, b}", "!!omap [a: 1]", "!!timestamp 2001-99-99"),
     *("2001-99-99", "2001-12-14T21:59:43Z", "!!int x", "!!float x", "!!bool x", "!!null x", "!unknown x"),
-    *("&a [*a]", "&a {a: *a}", "*missing", "{? [a] : b}", "{? {a: 1} : b}", "<<: 3", "{<<: [1]}", "0x", "0b2"),
-    *("0o9", "1_0", "1:99", "@", "`", "%YAML 9.9", "---", "...", "|", ">-", "'", '"', '"\\x"', '"\\ud800"', "\t"),
+    *(
+        "&a [*a]",
+        "&a {a: *a}",
+        "*missing",
+        "{? [a] : b}",
+        "{? {a: 1} : b}",
+        "<<: 3",
+        "{<<: [1]}",
+        "0x",
+        "0b2",
+    ),
+    *(
+        "0o9",
+        "1_0",
+        "1:99",
+        "@",
+        "`",
+        "%YAML 9.9",
+        "---",
+        "...",
+        "|",
+        ">-",
+        "'",
+        '"',
+        '"\\x"',
+        '"\\ud800"',
+        "\t",
+    ),
     *("[" * 300, "{a: " * 300, "[" * 5000, "- " * 200, "&a [x, x]\nb: &b [*a, *a]", "=", "\ufeff"),
 )
 
@@ -77,6 +114,8 @@ def _damage_node(random: Random, node: Node, nodes: list[Node]) -> None:
             node[random.choice(("harm", f"{key}x", "", 3, None, True, "a.b", "../x"))] = node.pop(key)
         case 2:
             other = random.choice(nodes)
-            node[key] = json.loads(json.dumps(next(iter(other.values() if isinstance(other, dict) else other)), default=str))
+            node[key] = json.loads(
+                json.dumps(next(iter(other.values() if isinstance(other, dict) else other)), default=str)
+            )
         case _:
             node[key] = odd_value(random)
