@@ -189,8 +189,9 @@ def _fit_value(value: Any, kind: Any, key: str) -> Any:
     options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
     if value is None and NoneType in options:
         return None
-    if any(get_origin(option) is list for option in options):
-        return _fit_list(value, key)
+    for option in options:
+        if get_origin(option) is list:
+            return _fit_list(value, key, get_args(option)[0])
     if isinstance(value, Mapping | list):
         raise ValueError(f"{key}: needs one value, got {value!r}")
     if key == "cluster.time" and not isinstance(value, str):
@@ -198,11 +199,14 @@ def _fit_value(value: Any, kind: Any, key: str) -> Any:
     return value
 
 
-def _fit_list(value: Any, key: str) -> list[Any]:
-    """A list, or one value as a list of one."""
+def _fit_list(value: Any, key: str, item_kind: Any) -> list[Any]:
+    """A list, or one value as a list of one; OmegaConf would take a list for a number in it."""
     if value is None or isinstance(value, Mapping):
         raise ValueError(f"{key}: needs a list, for example [a, b]; got {value!r}")
-    return value if isinstance(value, list) else [value]
+    items = value if isinstance(value, list) else [value]
+    if item_kind in (str, int, float) and any(isinstance(item, Mapping | list) for item in items):
+        raise ValueError(f"{key}: needs a list of single values; got {value!r}")
+    return items
 
 
 def _fit_mapping(value: Any, key: str) -> Any:

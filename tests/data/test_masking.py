@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pretrain.config.schema import MaskConfig
 from pretrain.data.masking import block_mask, group_masks
@@ -54,6 +56,27 @@ def test_small_grids_and_groups(grid: int, num_crops: int, probability: float) -
     assert masks.shape == (num_crops, grid * grid) and masks.dtype == bool
     if int(num_crops * probability) == 0:
         assert not masks.any()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    grid=st.integers(1, 20),
+    num_crops=st.integers(1, 12),
+    probability=st.floats(0, 1),
+    ends=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    min_patches=st.integers(1, 8),
+    min_aspect=st.floats(0.1, 1),
+)
+def test_counts_stay_within_any_settings(
+    seed, grid, num_crops, probability, ends, min_patches, min_aspect
+) -> None:
+    ratio = sorted(ends)
+    cfg = MaskConfig(probability=probability, ratio=ratio, min_patches=min_patches, min_aspect=min_aspect)
+    counts = masks_of(seed, grid, num_crops, cfg).sum(axis=1)
+    masked = int(num_crops * probability)
+    assert (counts > 0).sum() <= masked
+    assert (np.sort(counts) <= [0] * (num_crops - masked) + [grid * grid * ratio[1]] * masked).all()
 
 
 def test_aspect_bounds_hold() -> None:

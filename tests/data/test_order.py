@@ -6,6 +6,8 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pretrain.data.order import Order, Permutation
 from pretrain.seeding import stream_key
@@ -64,6 +66,32 @@ def test_every_sample_once_an_epoch(shuffle: str, open_shards: int) -> None:
         samples = [order.at(epoch * len(order) + i) for i in range(len(order))]
         assert {sample.epoch for sample in samples} == {epoch}
         assert sorted((sample.shard, sample.index) for sample in samples) == expected
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any),
+    seed=st.integers(0, 2**64 - 1),
+    shuffle=st.sampled_from(["none", "full", "block"]),
+    open_shards=st.integers(1, 10),
+    split=st.integers(1, 7),
+    epoch=st.integers(0, 10**6),
+)
+def test_any_split_reads_each_sample_of_any_data_once(
+    sizes, seed, shuffle, open_shards, split, epoch
+) -> None:
+    def order() -> Order:
+        return Order(sizes, seed, shuffle, open_shards)
+
+    whole = order()
+    places = range(epoch * len(whole), (epoch + 1) * len(whole))
+    samples = [whole.at(position) for position in places]
+    assert {(s.shard, s.index) for s in samples} == {
+        (shard, index) for shard, size in enumerate(sizes) for index in range(size)
+    }
+    assert len(samples) == len(whole) and {s.epoch for s in samples} == {epoch}
+    readers = [order() for _ in range(split)]  # as ranks and workers: each has an order of its own
+    assert [readers[i % split].at(position) for i, position in enumerate(places)] == samples
 
 
 def test_none_is_sequential_and_the_others_are_not() -> None:
