@@ -88,6 +88,34 @@ def test_the_script_is_valid_bash(run_dir: str, tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", path], check=True)
 
 
+ODD = ["/runs/a b", "/runs/$(touch harm)", "/runs/`touch harm`", "/runs/'; touch harm; '", '/runs/"$HOME"\\']
+
+
+@pytest.mark.parametrize("run_dir", ODD)
+def test_a_shell_reads_every_path_as_it_is(run_dir: str, tmp_path: Path) -> None:
+    cfg = config(run_dir, name=run_dir, container_image=run_dir, srun_args=[f"--comment={run_dir}"])
+    text = script(cfg)
+    for option in options(cfg):
+        echoed = subprocess.run(
+            ["bash", "-c", f"printf %s {option}"], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        if option.startswith(("--chdir", "--job-name")):
+            assert run_dir in echoed.stdout
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@" >> asked\n')
+    (tmp_path / "srun").chmod(0o755)
+    call = text[text.index("srun --kill-on") :].partition("python3 -m task")[0].rstrip(" \\\n")
+    subprocess.run(
+        ["bash", "-c", call],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        check=False,
+    )
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert {f"--container-image={run_dir}", f"--comment={run_dir}"} <= {*asked}
+    assert {path.name for path in tmp_path.iterdir()} == {"srun", "asked"}
+
+
 def test_the_script_asks_before_and_after(tmp_path: Path) -> None:
     """With commands of this test in place of Python's and srun's."""
     log, commands = tmp_path / "log", tmp_path / "bin"
