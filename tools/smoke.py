@@ -164,8 +164,9 @@ def _distance(here: float | None, recorded: float | None) -> float:
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Every recipe's loss at its ends, and how far it is from the record."""
-    shown = Table("recipe", title=f"loss over {STEPS} steps at toy size")
-    for heading in ("first", "last", "recorded", "largest difference"):
+    shown = Table(title=f"loss over {STEPS} steps at toy size, and the largest difference of all terms")
+    shown.add_column("recipe", no_wrap=True)
+    for heading in ("first", "last", "recorded", "difference"):
         shown.add_column(heading, justify="right")
     shown.add_column(f"within {TOLERANCE:g}")
     for outcome in outcomes:
