@@ -43,8 +43,8 @@ NO_RECIPES = {
     "base": "holds what recipes share",
     "rmlp_phase": "is the second half of vitl_rmlp and vitg_rmlp",
 }
-# Of a loss, or absolute below 1. Between SSE and AVX-512 kernels, losses of trainable heads differed by 1e-6 at
-# most in ten steps, those of randomized heads by 6e-4. A weight decay without its schedule changes 3e-4.
+# Of a loss, or absolute below 1. Between SSE and AVX-512 kernels, losses of trainable heads differed by 1e-6
+# at most in ten steps, those of randomized heads by 6e-4. A weight decay without its schedule changes 3e-4.
 TOLERANCE = 1e-4
 TOLERANCE_RANDOMIZED = 5e-3
 DECIDING = ("torch", "numpy", "pillow", "opencv-python-headless", "scikit-learn")  # packages, for the curves
@@ -172,11 +172,11 @@ def _distance(here: float | None, recorded: float | None) -> float:
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Every recipe's loss at its ends, and how far it is from the record."""
-    shown = Table(title=f"loss over {STEPS} steps, and the largest difference of its terms")
+    shown = Table(title=f"loss in {STEPS} steps, and how far a term is from the recorded one")
     shown.add_column("recipe", no_wrap=True)
-    for heading in ("first", "last", "recorded", "difference", "allowed"):
+    for heading in ("first", "last", "recorded", "apart", "allowed"):
         shown.add_column(heading, justify="right")
-    shown.add_column()
+    shown.add_column(no_wrap=True)
     for outcome in outcomes:
         losses, recorded = (found.get("loss/total", [None]) for found in (outcome.curves, outcome.recorded))
         ends = [_number(value) for value in (losses[0], losses[-1], recorded[-1])]
