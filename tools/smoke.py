@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -172,21 +173,25 @@ def _distance(here: float | None, recorded: float | None) -> float:
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Every recipe's loss at its ends, and how far it is from the record."""
-    shown = Table(title=f"loss in {STEPS} steps, and how far a term is from the recorded one")
+    shown = Table(
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"loss in {STEPS} steps, and how far a term is from the recorded one",
+    )
     shown.add_column("recipe", no_wrap=True)
     for heading in ("first", "last", "recorded", "apart", "allowed"):
         shown.add_column(heading, justify="right")
     shown.add_column(no_wrap=True)
     for outcome in outcomes:
         losses, recorded = (found.get("loss/total", [None]) for found in (outcome.curves, outcome.recorded))
-        ends = [_number(value) for value in (losses[0], losses[-1], recorded[-1])]
-        verdict = "[red]NOT as recorded" if outcome.first else "as recorded"
+        ends = [_number(value, 3) for value in (losses[0], losses[-1], recorded[-1])]
+        verdict = "[red]NOT" if outcome.first else "as recorded"
         shown.add_row(outcome.recipe, *ends, f"{outcome.largest:.1e}", f"{outcome.tolerance:g}", verdict)
     return shown
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def explain(outcome: Outcome) -> str:
