@@ -202,7 +202,7 @@ def answer(address: str, server: subprocess.Popen) -> str:
 def elsewhere(place: Path, words: Sequence[str]) -> None:
     """`make` calls that are tried in other ways: each would set up an environment first.
 
-    test: this is it. demo: its recipes run in tests/benchmarks/test_yardstick.py and tests/test_smoke.py.
+    test: this is it. demo: takes minutes; both of its recipes run in tests/benchmarks/test_yardstick.py.
     smoke: tests/test_smoke.py. setup: by whoever runs this. format, lint, types, docs: part of test.
     """
     makefile = (ROOT / "Makefile").read_text()

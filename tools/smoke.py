@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from pretrain import train
 from pretrain.command_line import Parser, exit_status
+from pretrain.config.derived import uses_rmlp
 from pretrain.config.load import load_config
 from pretrain.config.schema import Config
 from pretrain.config.toy import STEPS, first_phase_overrides, toy_overrides
@@ -42,10 +44,10 @@ NO_RECIPES = {
     "base": "holds what recipes share",
     "rmlp_phase": "is the second half of vitl_rmlp and vitg_rmlp",
 }
-TOLERANCE = (
-    1e-3  # of a loss, or absolute below 1. Between SSE and AVX-512 kernels, and one thread and two, losses
-)
-# of trainable heads differed by 1e-6 at most in ten steps, those of randomized heads by 3e-4
+# Of a loss, or absolute below 1. Between SSE and AVX-512 kernels, losses of trainable heads differed by 1e-6
+# at most in ten steps, those of randomized heads by 6e-4. A weight decay without its schedule changes 3e-4.
+TOLERANCE = 1e-4
+TOLERANCE_RANDOMIZED = 5e-3
 DECIDING = ("torch", "numpy", "pillow", "opencv-python-headless", "scikit-learn")  # packages, for the curves
 
 Curves = Mapping[str, Sequence[float | None]]  # by loss term, one value a step; None: not finite
@@ -68,6 +70,7 @@ class Outcome:
     recipe: str
     curves: Curves
     recorded: Curves
+    tolerance: float
     largest: float  # difference of all
     first: Difference | None  # that is larger than the tolerance
 
@@ -138,9 +141,15 @@ def run(config: Path, folder: Path, settings: Sequence[str]) -> Curves:
 def compare(recipe: str, curves: Curves, recorded: Curves) -> Outcome:
     """A run beside its record, step by step; terms or steps that one of them lacks differ."""
     found = list(differences(curves, recorded))
-    wrong = [difference for difference in found if difference.size > TOLERANCE]
+    allowed = tolerance(recipe)
+    wrong = [difference for difference in found if difference.size > allowed]
     largest = max((difference.size for difference in found), default=math.inf)
-    return Outcome(recipe, curves, recorded, largest, min(wrong, default=None))
+    return Outcome(recipe, curves, recorded, allowed, largest, min(wrong, default=None))
+
+
+def tolerance(recipe: str) -> float:
+    """Of a recipe's losses: randomized heads amplify rounding."""
+    return TOLERANCE_RANDOMIZED if uses_rmlp(load_config(CONFIGS / f"{recipe}.yaml")) else TOLERANCE
 
 
 def differences(curves: Curves, recorded: Curves) -> Iterator[Difference]:
@@ -164,20 +173,25 @@ def _distance(here: float | None, recorded: float | None) -> float:
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Every recipe's loss at its ends, and how far it is from the record."""
-    shown = Table("recipe", title=f"loss over {STEPS} steps at toy size")
-    for heading in ("first", "last", "recorded", "largest difference"):
+    shown = Table(
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        title=f"loss in {STEPS} steps, and how far a term is from the recorded one",
+    )
+    shown.add_column("recipe", no_wrap=True)
+    for heading in ("first", "last", "recorded", "apart", "allowed"):
         shown.add_column(heading, justify="right")
-    shown.add_column(f"within {TOLERANCE:g}")
+    shown.add_column(no_wrap=True)
     for outcome in outcomes:
         losses, recorded = (found.get("loss/total", [None]) for found in (outcome.curves, outcome.recorded))
-        ends = [_number(value) for value in (losses[0], losses[-1], recorded[-1])]
-        verdict = "[red]NOT as recorded" if outcome.first else "as recorded"
-        shown.add_row(outcome.recipe, *ends, f"{outcome.largest:.1e}", verdict)
+        ends = [_number(value, 3) for value in (losses[0], losses[-1], recorded[-1])]
+        verdict = "[red]NOT" if outcome.first else "as recorded"
+        shown.add_row(outcome.recipe, *ends, f"{outcome.largest:.1e}", f"{outcome.tolerance:g}", verdict)
     return shown
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 def explain(outcome: Outcome) -> str:
