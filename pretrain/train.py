@@ -77,17 +77,22 @@ def main(cfg: Config) -> int:
         TrainingError: too many steps in a row were bad, the data cannot be read any more, or a rank is gone.
         SystemExit: another rank failed.
     """
-    _refuse_more_ranks_than_the_engine_has(cfg)
+    _refuse_other_ranks_than_the_engine_has(cfg)
     with session(cfg.engine) as device:
         return _train(cfg, device)
 
 
-def _refuse_more_ranks_than_the_engine_has(cfg: Config) -> None:
+def _refuse_other_ranks_than_the_engine_has(cfg: Config) -> None:
     ranks = detect(os.environ)
     if cfg.engine.kind == "single" and ranks.world_size > 1:
         raise InputError(
             f"engine.kind=single trains in one process, but {ranks.world_size} were started "
             f"({ranks.source}); use engine.kind=ddp, or start one"
+        )
+    if cfg.engine.kind in ("ddp", "fsdp2") and ranks.world_size == 1:
+        raise InputError(
+            f"engine.kind={cfg.engine.kind} trains in several processes, but one was started; use "
+            "engine.kind=single, or start more (launchers/local.py, torchrun, srun)"
         )
 
 

@@ -55,6 +55,14 @@ def test_the_single_engine_refuses_a_second_process(monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_other_engines_refuse_a_single_process(tmp_path, kind):
+    cfg = load_config(ROOT / "configs" / "debug_cpu.yaml", [f"run.dir={tmp_path}/run", f"engine.kind={kind}"])
+    with pytest.raises(InputError, match=rf"^engine.kind={kind} trains in several processes, but one was"):
+        main(cfg)
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_line_says_which_rank_complains(monkeypatch, capsys):
     one_of_two(monkeypatch)
     assert command_line(["no_such_config.yaml"]) == 2
