@@ -111,7 +111,7 @@ def test_half_precision_is_the_same_contract(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own parts
-@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.drill)])
 def test_compiled_blocks(single: dict[str, Any], mode: str) -> None:
     found = train("single", steps=2, compile=True, activation_checkpointing=mode)
     for mine, reference in zip(found["losses"], single["mlp"]["losses"], strict=False):

@@ -63,6 +63,7 @@ def test_the_launcher_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.drill
 def test_a_chain_of_two_jobs(cluster: VirtualCluster, shards: Path, tmp_path: Path) -> None:
     """The second job trains on for more steps once the first has finished, and not before."""
     shell, config, run = Shell(cluster, tmp_path), write_config(tmp_path, shards), tmp_path / "run"
