@@ -11,7 +11,6 @@ a CPU, events on a GPU. The last line is one JSON object.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
@@ -19,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from step_cost import device_name, durations, now
+from step_ours import at_least
 from torch import Tensor
 
 from pretrain.command_line import Parser, exit_status
@@ -27,7 +28,6 @@ from pretrain.data.augment import apply, resize
 from pretrain.data.device_augment import augment_on_device
 from pretrain.data.draw_params import encode_draws
 from pretrain.data.draws import Box, CropDraw, draw_crops
-from pretrain.errors import InputError
 from pretrain.seeding import numpy_stream
 from pretrain.session import pick_device
 
@@ -39,15 +39,12 @@ def parse() -> argparse.Namespace:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="augment.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--images", type=int, default=16, help="of a batch; default 16")
-    parser.add_argument("--repeats", type=int, default=5, help="turns after one to warm up; default 5")
+    count = at_least(1)
+    parser.add_argument("--images", type=count, default=16, help="of a batch; default 16")
+    parser.add_argument("--repeats", type=count, default=5, help="turns after one to warm up; default 5")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU; default 1")
-    options = parser.parse_args()
-    for name in ("images", "repeats", "threads"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name}: must be at least 1")
-    return options
+    parser.add_argument("--threads", type=count, default=1, help="on a CPU; default 1")
+    return parser.parse_args()
 
 
 def drawn(images: int, cfg: DataConfig) -> dict[int, list[CropDraw]]:
@@ -70,17 +67,11 @@ def texture(number: int, size: int) -> Tensor:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call: the device's on a GPU, the process's on a CPU."""
-    if device.type == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    """Of one call, by the clock of the device."""
+    points = [now(device)]
     work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
+    points.append(now(device))
+    return durations(points)[0]
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> Figures:
@@ -131,8 +122,12 @@ def main() -> int:
     options = parse()
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    figures = {**vars(options), "device": name, "torch": torch.__version__, **measure(options, device)}
+    figures = {
+        **vars(options),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        **measure(options, device),
+    }
     for key, value in figures.items():
         print(f"{key}: {value}")
     print(json.dumps(figures))

@@ -14,9 +14,7 @@ BATCH, GROUP = 16, 4  # images in a step, in a group
 PEAK_LR = 0.002  # at which the loss moves within the steps
 OUTPUTS = 64  # prototypes, and outputs of a randomized head: more than the 2D // 3 that carry its signal
 WIDTH = 48  # of the backbone
-LAYER_SCALE = (
-    1.0  # where there is one: at 1e-5 the blocks have no part in ten steps, and KoLeo measures rounding
-)
+LAYER_SCALE = 1.0  # where there is one; at 1e-5 blocks have no part in ten steps, KoLeo measures rounding
 
 SIZE = {  # what a forward costs
     "model.arch": "custom",

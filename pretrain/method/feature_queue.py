@@ -18,7 +18,8 @@ class FeatureQueue(nn.Module):
 
     def __init__(self, images: int, dim: int) -> None:
         super().__init__()
-        self.pending: Tensor | None = None
+        self.pending: Tensor | None = None  # what the features become at the end of a good step ...
+        self.entering = 0  # ... and the images that come in
         self.register_buffer("features", torch.zeros(2, images, dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 

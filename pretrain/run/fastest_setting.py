@@ -17,10 +17,9 @@ from pretrain.run.flops import flops_per_image
 from pretrain.run.footprint import Footprint, crop_bytes
 from pretrain.run.trial import Trial
 
-SELECTIVE = (
-    0.5  # of full's time to compute blocks again, not measured on a GPU; on a CPU 0.1 at most in fp32,
-)
-# 0.5 to 1.1 in bf16 (benchmarks/results/2026-11-28-checkpointing.md)
+# Of full's time to compute blocks again. On a CPU 0.1 at most in fp32, 0.5 to 1.1 in bf16
+# (benchmarks/results/2026-11-28-checkpointing.md); not measured on a GPU.
+SELECTIVE = 0.5
 MARGIN = 0.02  # a gain below that is not worth a change: the trials do not resolve it
 USABLE = 0.9  # of the free memory
 

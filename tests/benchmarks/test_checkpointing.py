@@ -8,18 +8,30 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.running import benchmark
+
 ROOT = Path(__file__).parents[2]
 MODES = {"none", "selective", "full"}
 
 
-def benchmark(arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/checkpointing.py", *arguments.split()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
-
 def test_the_modes_agree_and_the_figures_are_there() -> None:
-    run = benchmark("--sizes tiny --precisions fp32 --batch 2 --prototypes 64 --repeats 1 --device cpu")
+    run = benchmark(
+        "checkpointing",
+        *[
+            "--sizes",
+            "tiny",
+            "--precisions",
+            "fp32",
+            "--batch",
+            "2",
+            "--prototypes",
+            "64",
+            "--repeats",
+            "1",
+            "--device",
+            "cpu",
+        ],
+    )
     assert run.returncode == 0, run.stderr
     case = json.loads(run.stdout.splitlines()[-1])["cases"]["tiny fp32"]
     assert case["largest_relative_difference_of_losses"] < 1e-6
@@ -46,5 +58,5 @@ def test_a_side_has_the_checkpointing_of_its_name() -> None:
 
 
 def test_wrong_input_is_one_line() -> None:
-    run = benchmark("--patch-size 15")
+    run = benchmark("checkpointing", "--patch-size", "15")
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1

@@ -1,24 +1,14 @@
 """The benchmark of heads at toy size: the plain head is ours, and the figures are there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def benchmark(arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/heads.py", *arguments.split()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+from tests.benchmarks.running import benchmark
 
 
 def test_the_plain_head_is_ours_and_the_figures_are_there() -> None:
-    run = benchmark("--outputs 300 --rows 8 --repeats 2")
+    run = benchmark("heads", "--outputs", "300", "--rows", "8", "--repeats", "2")
     assert run.returncode == 0, run.stderr
     figures = json.loads(run.stdout.splitlines()[-1])
     assert [size["calls_per_step"] for size in figures["sizes"]] == [1, 4]
@@ -32,5 +22,5 @@ def test_the_plain_head_is_ours_and_the_figures_are_there() -> None:
 
 
 def test_wrong_input_is_refused() -> None:
-    run = benchmark("--rows 0")
+    run = benchmark("heads", "--rows", "0")
     assert run.returncode == 2 and "must be a whole number from 1 up" in run.stderr

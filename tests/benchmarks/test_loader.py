@@ -1,28 +1,19 @@
 """The loader benchmark on a handful of images: both sides cut the same crops, and its figures are there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.running import benchmark
+
 TOY = "--images 6 --batch 3 --repeats 1 --bits 2.5"
 STAGES = {"read", "decode", "draw", "crop + resize", "to tensor", "masks + collate"}
 CHANGES = {"flip", "jitter", "grayscale", "blur", "solarize"}
 
 
-def benchmark(arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/loader.py", *arguments.split()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def output() -> list[str]:
-    run = benchmark(TOY)
+    run = benchmark("loader", *TOY.split())
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 
@@ -65,6 +56,6 @@ def test_it_says_whether_the_plain_side_is_the_reference(output: list[str]) -> N
 
 
 def test_wrong_input_is_refused() -> None:
-    run = benchmark("--images 7 --batch 3")
+    run = benchmark("loader", "--images", "7", "--batch", "3")
     assert run.returncode == 2
     assert "--images a multiple" in run.stderr and "Traceback" not in run.stderr

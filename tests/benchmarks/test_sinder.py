@@ -1,24 +1,14 @@
 """The benchmark of singular defects at toy size: plain sides and ours agree, and its figures are there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def benchmark(arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/sinder.py", *arguments.split()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+from tests.benchmarks.running import benchmark
 
 
 def figures(arguments: str) -> dict:
-    run = benchmark(arguments)
+    run = benchmark("sinder", *arguments.split())
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])["sizes"]
 
@@ -51,5 +41,5 @@ def test_both_sides_repair_alike() -> None:
 
 @pytest.mark.parametrize("wrong", ["repair --images 6", "directions --repeats 0"])
 def test_wrong_input_is_one_line(wrong: str) -> None:
-    run = benchmark(wrong)
+    run = benchmark("sinder", *wrong.split())
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1

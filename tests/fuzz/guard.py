@@ -57,7 +57,7 @@ class Guard:
             return
         if event in FORBIDDEN:
             self.breaches.append(f"{event}{arguments}")
-        elif event in CHANGES or (event == "open" and int(arguments[2] or 0) & WRITING):  # type: ignore[call-overload]
+        elif event in CHANGES or (event == "open" and int(arguments[2] or 0) & WRITING):
             self.breaches += [f"{event} {p}" for p in arguments[:1] if not self._allowed(p)]
 
     def _allowed(self, path: object) -> bool:

@@ -159,4 +159,4 @@ def _damage_tiff(random: Random, content: bytes) -> bytes:
 
 def _number(random: Random, content: bytes, start: int, width: int, order: str) -> bytes:
     value = random.choice(NUMBERS) % (1 << 8 * width)
-    return content[:start] + value.to_bytes(width, order) + content[start + width :]  # type: ignore[arg-type]
+    return content[:start] + value.to_bytes(width, order) + content[start + width :]
