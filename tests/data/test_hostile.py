@@ -1,4 +1,4 @@
-"""Shards made to harm or to confuse: one line each, in bounded time and memory, and nothing outside the folder."""
+"""Shards made to harm or to confuse: one line each, bounded time and memory, no file outside."""
 
 import gzip
 import io
@@ -52,14 +52,14 @@ def test_a_pax_header_that_does_not_add_up(header: bytes, fault: str, tmp_path: 
     assert str(error.value).startswith(f"{tmp_path / 'x.tar'}: byte ")
 
 
-@pytest.mark.parametrize("label", [5000 * b"9", 30 * b"9", b"-1", b"1.5", b""])
+@pytest.mark.parametrize("label", [5000 * b"9", 30 * b"9", b"-1", b"1.5"])
 def test_a_class_number_that_no_index_can_hold(label: bytes, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "a.cls": label})
     with pytest.raises(InputError, match=r"a\.cls holds b'.*', not a class number"):
         build_index(shard)
     pack(shard, tmp_path / "out", status=2)
-    (line,) = (tmp_path / "out/unreadable-train.txt").read_text().splitlines() if label else ("",)
-    assert not label or "not a class number" in line
+    (line,) = (tmp_path / "out/unreadable-train.txt").read_text().splitlines()
+    assert "not a class number" in line
 
 
 def test_a_member_that_is_read_at_once_is_bounded(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_notes_nested_without_end(tmp_path: Path) -> None:
     assert fault.reason.startswith("is not JSON (maximum recursion depth")
     with pytest.raises(InputError, match=r"x\.tar: its \.json members cannot be read"):
         sample_groups([str(shard)], "--test", "patient")
-    assert "cannot be read" in pack(shard, tmp_path / "out", status=2).stderr
+    assert "not one image can be read" in pack(shard, tmp_path / "out", status=2).stderr
 
 
 def test_groups_are_not_read_from_a_compressed_tar(tmp_path: Path) -> None:
