@@ -147,8 +147,6 @@ def _extension(kind: int, content: bytes, pending: _Pending) -> _Pending:
     if kind == PAX:
         records = _pax_records(content)
         size = int(records["size"]) if "size" in records else pending.size
-        if size is not None and size < 0:  # it would lead back, and round and round
-            raise ValueError("a size below 0")
         return _Pending(records.get("path", pending.name), size)
     return pending
 

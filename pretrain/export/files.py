@@ -25,7 +25,7 @@ from pretrain.export.own import ENTRY, FORMAT, map_safetensors, parse_descriptio
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
 TORCH_FILE = "file of torch.save"
-MAX_ENTRIES = 1_000_000  # of nested dicts and lists: a pickle can name one list in many places
+MAX_ENTRIES = 300_000  # of nested dicts and lists: a pickle can name one list in many places
 MAX_HEADER = 100 << 20  # bytes of a safetensors header, the format's own limit
 
 

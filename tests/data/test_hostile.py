@@ -39,7 +39,7 @@ def change_record(shard: Path, offset: int, size: int) -> None:
 @pytest.mark.parametrize(
     ("header", "fault"),
     [
-        pytest.param(b"14 size=-1536\n", "damaged pax header", id="a size that leads back"),
+        pytest.param(b"14 size=-1536\n", "damaged tar header", id="a size that leads back"),
         pytest.param(b"6 a=b\n" * 200_000, "extension header of 1200000 bytes", id="endless lines"),
         pytest.param(b"99 path=a\n", "damaged pax header", id="a line longer than the header"),
         pytest.param(b"4 a=b\n", "damaged pax header", id="a line shorter than it is"),
