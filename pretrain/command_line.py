@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pretrain.errors import InputError, TrainingError
+from pretrain.errors import InputError, TrainingError, printable
 
 USAGE_ERROR = 2
 TRAINING_ERROR = 3
@@ -41,7 +41,7 @@ def exit_status(program: str, command: Callable[[], int]) -> int:
     try:
         return command()
     except (InputError, OSError, TrainingError) as error:
-        print(f"{program}:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print(f"{program}:", printable(str(error)), file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt as error:
         print(f"{program}: interrupted", file=sys.stderr)

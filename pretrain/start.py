@@ -12,6 +12,7 @@ from pretrain.config.derived import uses_rmlp, vit_shape
 from pretrain.config.load import config_text, diff_configs, load_config, save_config
 from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
+from pretrain.data.remote import shown
 from pretrain.engines.base import Engine
 from pretrain.errors import InputError
 from pretrain.export.fitting import fitted_backbone
@@ -126,6 +127,7 @@ def _load(source: Path, cfg: Config, engine: Engine) -> tuple[dict[str, Any], di
     if "deepspeed" in (written, here):
         del state["optim"]
     documents = load_checkpoint(source, state)
+    check_documents(source, *documents)
     engine.load_state_dict(state)
     if "deepspeed" in (written, here) and not (written == here and engine.load_native(source / "optim")):
         distributed.say(
@@ -133,6 +135,23 @@ def _load(source: Path, cfg: Config, engine: Engine) -> tuple[dict[str, Any], di
             f"engine.kind={here}, its moments start at 0"
         )
     return documents
+
+
+def check_documents(source: Path, data: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose data.json or run.json lacks the numbers that a run goes on from.
+
+    Raises:
+        InputError: a number is missing, no integer, or below 0; names the file.
+    """
+    wanted = {
+        "data.json": (data, ("seed", "position", "num_samples")),
+        "run.json": (facts, ("step", "global_batch_size")),
+    }
+    for name, (document, keys) in wanted.items():
+        for key in keys:
+            if type(document.get(key)) is not int or document[key] < 0:
+                fault = f"{key} is {document.get(key)!r} instead of a number"
+                raise InputError(f"{source / name}: {fault}; continue from another checkpoint")
 
 
 def _listed(values: dict[str, Any]) -> str:
@@ -146,7 +165,7 @@ def record_run(cfg: Config, folder: Path) -> None:
     config = folder / "config.yaml"
     if config.exists():
         for change in _changes(config, cfg):
-            print(f"changed since the last start: {change}")
+            print(f"changed since the last start: {shown(change)}")
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, config)
     (folder / "environment.txt").write_text(describe())

@@ -9,7 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.analysis.images import ImageSet
+from pretrain.data.decode import DEFAULT
+from pretrain.data.formats import FORMATS
 from pretrain.data.labelled import centre_crop
+from pretrain.data.pixels import check_size
 from pretrain.errors import InputError, first_line
 
 
@@ -33,13 +36,16 @@ def read_masks(folder: Path, images: ImageSet, indices: Sequence[int]) -> Tensor
 def _mask(folder: Path, image: Path, root: Path, size: int) -> Tensor:
     path = folder / image.relative_to(root).with_suffix(".png")
     try:
-        with Image.open(path) as mask, Image.open(image) as shown:
+        with Image.open(path, formats=FORMATS) as mask, Image.open(image, formats=FORMATS) as shown:
+            check_size(*mask.size, DEFAULT.max_pixels)
             if mask.mode not in ("L", "P", "I;16", "I"):
                 raise InputError(f"{path}: holds {mask.mode} pixels; a mask has one channel of class numbers")
             if mask.size != shown.size:
                 raise InputError(f"{path}: is {mask.size} px, its image {shown.size}")
             pixels = np.array(_resized(mask, size))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         fault = f"cannot be read as the mask of {image.name} ({first_line(error)})"
         raise InputError(f"{path}: {fault}") from error
     return torch.from_numpy(centre_crop(pixels[..., None], size)[..., 0].astype(np.int64))

@@ -86,8 +86,11 @@ def _check_name(cfg: Config) -> None:
     name = cfg.run.dir
     if name.startswith("~") or not name.isprintable():
         raise InputError(f"run.dir: {name!r} must be a plain path; write out the home folder")
-    if cfg.cluster.container_image and {":", ","} & set(str(Path(name).absolute())):
-        raise InputError(f"run.dir: {name!r} is mounted in a container: it must hold no colon or comma")
+    path = str(Path(name).absolute())
+    if ":" in path or "\\" in path:  # of a list of folders; before a pattern of Slurm
+        raise InputError(f"run.dir: {path!r} must hold no colon or backslash, for PYTHONPATH and sbatch")
+    if cfg.cluster.container_image and "," in path:
+        raise InputError(f"run.dir: {name!r} is mounted in a container: it must hold no comma")
 
 
 def _check_start(cfg: Config, done: int) -> None:

@@ -80,6 +80,7 @@ BOUNDS = (
     Bound("between 0 and 0.5", lambda value: 0 <= value <= 0.5, "data.augment.hue"),
 )
 
+LARGEST = 2**63  # what torch, numpy and the files of a run hold in an integer
 RANGES = ("data.global_crops.scale", "data.local_crops.scale", "mask.ratio")
 
 
@@ -91,6 +92,8 @@ def check_bounds(cfg: Config) -> None:
     """
     values = settings(cfg)
     for key, value in values.items():
+        if any(isinstance(item, int) and abs(item) >= LARGEST for item in numbers(value)):
+            raise ValueError(f"{key}: must be below 2^63")
         if not all(math.isfinite(item) for item in numbers(value)):
             raise ValueError(f"{key}: must be finite, got {value}")
     for bound in BOUNDS:

@@ -3,27 +3,27 @@
 Sources are merged one at a time, base files first, so that an error names the file it comes from.
 """
 
-import difflib
 import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, NamedTuple, cast, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config import checks
+from pretrain.config.fit import fit
 from pretrain.config.keys import flatten, settings
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)=(?P<value>.*)", re.DOTALL)
+MAX_DEPTH = 64  # sections within sections; the schema has four
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it
 
 # of PyYAML's constructors: a date of month 99, an alias of itself, brackets a thousand deep
@@ -144,6 +144,8 @@ def _read_override(text: str) -> Source:
     if match is None:
         raise ConfigError(f"{COMMAND_LINE}: {text!r} is not key=value (for example optim.lr=0.001)")
     key, value = match["key"], match["value"]
+    if key.count(".") >= MAX_DEPTH:
+        raise ConfigError(f"{COMMAND_LINE}: {key[:40]}...: no such key")
     try:
         values = OmegaConf.from_dotlist([text if value else f"{key}=''"])
     except yaml.YAMLError as error:
@@ -159,68 +161,9 @@ def _read_override(text: str) -> Source:
 def _source(name: str, content: dict[Any, Any]) -> Source:
     """Settings whose keys all exist in the schema."""
     try:
-        return Source(name, OmegaConf.create(_fit(content, Config)))
+        return Source(name, OmegaConf.create(fit(content, Config)))
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-
-
-def _fit(content: Mapping[Any, Any], section: type, prefix: str = "") -> dict[str, Any]:
-    """`content` with a lone value for a list made a list; refuses keys and shapes unknown to `section`."""
-    hints = get_type_hints(section)
-    for name in content:
-        if name not in hints:
-            raise ValueError(f"{prefix}{name}: no such key{_suggest(str(name), hints, prefix)}")
-    return {name: _fit_value(value, hints[name], f"{prefix}{name}") for name, value in content.items()}
-
-
-def _fit_value(value: Any, kind: Any, key: str) -> Any:
-    """One setting in the shape of its type; scalars are left to OmegaConf."""
-    if isinstance(value, str) and "${" in value:
-        return value  # resolved when all sources are merged
-    if value == "???":  # OmegaConf would drop it without a word
-        raise ValueError(f"{key}: ??? stands for a missing value; give one")
-    if is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            known = ", ".join(get_type_hints(kind))
-            raise ValueError(f"{key}: is a section with the keys {known}; got {value!r}")
-        return _fit(value, cast(type, kind), f"{key}.")
-    if get_origin(kind) is dict:
-        return _fit_mapping(value, key)
-    options = get_args(kind) if get_origin(kind) is UnionType else (kind,)
-    if value is None and NoneType in options:
-        return None
-    for option in options:
-        if get_origin(option) is list:
-            return _fit_list(value, key, get_args(option)[0])
-    if isinstance(value, Mapping | list):
-        raise ValueError(f"{key}: needs one value, got {value!r}")
-    if key == "cluster.time" and not isinstance(value, str):
-        raise ValueError(f"{key}: write it in quotes, as '1:30:00'; without them YAML reads that as 5400")
-    return value
-
-
-def _fit_list(value: Any, key: str, item_kind: Any) -> list[Any]:
-    """A list, or one value as a list of one; OmegaConf would take a list for a number in it."""
-    if value is None or isinstance(value, Mapping):
-        raise ValueError(f"{key}: needs a list, for example [a, b]; got {value!r}")
-    items = value if isinstance(value, list) else [value]
-    if item_kind in (str, int, float) and any(isinstance(item, Mapping | list) for item in items):
-        raise ValueError(f"{key}: needs a list of single values; got {value!r}")
-    return items
-
-
-def _fit_mapping(value: Any, key: str) -> Any:
-    """Free settings of another program: any names, any depth."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{key}: needs a mapping of names to values; got {value!r}")
-    return value
-
-
-def _suggest(name: str, known: Mapping[str, Any], prefix: str) -> str:
-    """What the user may have meant by a key: a near name in the section, or the same name in another."""
-    near = [f"{prefix}{match}" for match in difflib.get_close_matches(name, known, n=1)]
-    near = near or [key for key in settings(Config()) if key.rpartition(".")[2] == name]
-    return f"; did you mean {' or '.join(near)}?" if near else f"; known here: {', '.join(known)}"
 
 
 def _merge(sources: Sequence[Source]) -> DictConfig:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.data.reader import CorruptSample
-from pretrain.errors import InputError
+from pretrain.errors import InputError, printable
 
 SHOWN = 10  # that are also printed
 FEWEST_READ = 1_000  # samples; before so many were read, their share says nothing
@@ -35,8 +35,9 @@ class CorruptLog:
         self.read += images + len(corrupt)
         self.corrupt += len(corrupt)
         for sample in corrupt:
-            if (sample.shard, sample.key) not in self._known:
-                self._known.add((sample.shard, sample.key))
+            place = printable(sample.shard), printable(sample.key)
+            if place not in self._known:
+                self._known.add(place)
                 self._write(sample)
         if self.corrupt > self.max_share * max(self.read, FEWEST_READ):
             listed = f"; all are listed in {self.path}" if self.path is not None else ""
@@ -48,8 +49,14 @@ class CorruptLog:
     def _write(self, sample: CorruptSample) -> None:
         if len(self._known) <= SHOWN:
             more = "; no more are shown" if len(self._known) == SHOWN else ""
-            print(f"corrupt, replaced by the next one: {sample}{more}", file=sys.stderr, flush=True)
+            print(
+                f"corrupt, replaced by the next one: {printable(str(sample))}{more}",
+                file=sys.stderr,
+                flush=True,
+            )
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(f"{sample.shard}\t{sample.key}\t{' '.join(sample.reason.split())}\n")
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(
+                    "\t".join(printable(text) for text in (sample.shard, sample.key, sample.reason)) + "\n"
+                )

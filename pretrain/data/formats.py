@@ -29,6 +29,7 @@ FORMATS = (
 )  # others may run programs to open
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_COLOUR = frozenset({2, 4, 6})  # colour types that Pillow cuts to 8 bits: RGB, grey + alpha, RGB + alpha
+COLOUR_BANDS = 4  # of a pixel; an image of more bands may have as many fewer pixels
 MAX_REASON = 200  # letters of what a parser has to say
 GREY, DEEP = ("1", "L"), ("I", "F")  # modes of Pillow: 8 bits at most; 32 bits
 
@@ -92,6 +93,7 @@ def _read(content: bytes, cfg: DecodeConfig, channels: int | None) -> Stored:
         if not tags.read_by_pillow:
             if not tags.rgb:  # before memory is taken for bands that nobody wants
                 check_bands(tags.samples, channels)
+            check_size(tags.width * tags.samples, tags.height, COLOUR_BANDS * cfg.max_pixels, "levels")
             return Stored(read_bands(content, tags), tags.rgb, turned)
     if size := webp_size(content):  # Pillow takes memory for the whole picture when it opens one
         check_size(*size, cfg.max_pixels)

@@ -1,13 +1,13 @@
 """Which samples belong together, such as those of one patient: read from the samples' .json members."""
 
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pretrain.data.members import key_and_extension
 from pretrain.data.shards import list_shards
+from pretrain.data.tar import scan
 from pretrain.errors import InputError
 
 
@@ -35,15 +35,17 @@ def _metas(shard: Path) -> dict[str, Any]:
     """The .json member of each sample, None without, in the order of the tar."""
     found: dict[str, Any] = {}
     try:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                parts = key_and_extension(member.name) if member.isfile() else None
+        with shard.open("rb") as file:
+            for member in scan(shard):
+                parts = key_and_extension(member.name)
                 if parts is None:
                     continue
                 found.setdefault(parts[0], None)
-                file = tar.extractfile(member) if parts[1] == "json" else None
-                if file is not None:
-                    found[parts[0]] = json.loads(file.read())
-    except (tarfile.TarError, OSError, ValueError) as error:
+                if parts[1] == "json":
+                    file.seek(member.offset)
+                    found[parts[0]] = json.loads(file.read(member.size))
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{shard}: its .json members cannot be read ({error})") from error
     return found

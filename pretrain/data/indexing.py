@@ -6,7 +6,6 @@ wrong, and training counts and replaces it.
 """
 
 import os
-import re
 import signal
 import sys
 import zlib
@@ -34,12 +33,14 @@ from pretrain.data.index import (
     layout_checksum,
     record_type,
 )
-from pretrain.data.members import IMAGE_EXTENSIONS, key_and_extension
+from pretrain.data.members import CLASS_NUMBER, IMAGE_EXTENSIONS, key_and_extension
 from pretrain.data.tar import Member, scan
 from pretrain.errors import InputError
 
 THREADS = 8  # that look at files
 MAX_PROCESSES = 16  # more would only wait for the disk
+MAX_MEMBER = 2**31 - 1  # bytes of an image or its notes: more is not read at once
+MAX_LABEL = 64  # bytes of a class number
 FEWEST_SHARDS = 4  # for each process: starting one takes longer than indexing a few
 
 
@@ -166,13 +167,18 @@ def _group(members: Iterable[Member], descriptor: int, shard: Path) -> dict[str,
 
 
 def _add(sample: _Members, member: Member, extension: str, descriptor: int, shard: Path) -> None:
+    if member.size > MAX_MEMBER:
+        raise InputError(
+            f"{shard}: byte {member.offset}: {member.name} has {member.size} bytes, more than {MAX_MEMBER}; "
+            "re-pack the shard without it"
+        )
     if extension in IMAGE_EXTENSIONS and sample.image is None:
         sample.image, sample.extension = member, extension
     elif extension == "json":
         sample.json = member
     elif extension == "cls":
-        content = os.pread(descriptor, member.size, member.offset)
-        if not re.fullmatch(rb"\s*[0-9]+\s*", content):
+        content = os.pread(descriptor, min(member.size, MAX_LABEL), member.offset)
+        if member.size > MAX_LABEL or not CLASS_NUMBER.fullmatch(content):
             raise InputError(
                 f"{shard}: byte {member.offset}: {member.name} holds {content[:20]!r}, not a class number"
             )

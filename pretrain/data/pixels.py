@@ -11,14 +11,15 @@ Levels = np.ndarray[Any, np.dtype[Any]]
 MAX_LEVEL = 65_535  # of 16 bits
 
 
-def check_size(width: int, height: int, max_pixels: int) -> None:
+def check_size(width: int, height: int, max_pixels: int, what: str = "pixels") -> None:
     """Refuse what a header claims, before memory is taken.
 
     Raises:
         ValueError: the image has more than `max_pixels` pixels.
     """
     if width * height > max_pixels:
-        raise ValueError(f"{width} x {height} pixels are more than data.decode.max_pixels={max_pixels}")
+        limit = f"data.decode.max_pixels={max_pixels}" if what == "pixels" else f"{max_pixels}"
+        raise ValueError(f"{width} x {height} {what} are more than {limit}")
 
 
 def to_uint8(levels: Levels, window: list[float] | None) -> Pixels:

@@ -15,6 +15,9 @@ from pretrain.errors import InputError
 
 BLOCK = 512
 EMPTY = bytes(BLOCK)
+MAX_EXTENSION = 1 << 20  # bytes of an extension header; a damaged one could claim the whole file
+MAX_DIGITS = 12  # of the length of a line in a pax header
+MAX_NAME = 4096  # bytes; no file system has longer paths
 REGULAR = frozenset(b"0\x007")
 WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: a size in their header means nothing
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL, SPARSE = b"LKxgS"
@@ -70,7 +73,11 @@ def _members(file: int, end: int, path: Path) -> Iterator[Member]:
                 f"(cut short); restore it"
             )
         if kind in REGULAR:
-            yield Member(pending.name or _name(header), start, size)
+            yield Member(_checked(pending.name or _name(header), path, position), start, size)
+        if kind in b"LKxg" and size > MAX_EXTENSION:
+            raise InputError(
+                f"{path}: byte {position}: extension header of {size} bytes; restore or re-pack the shard"
+            )
         content = os.pread(file, size, start) if kind in b"LKxg" else b""
         try:
             pending = _extension(kind, content, pending) if content else _Pending()
@@ -122,6 +129,13 @@ def _name(header: bytes) -> str:
     return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
 
 
+def _checked(name: str, path: Path, position: int) -> str:
+    """A name, unless it is longer than any path: an index holds as many bytes for every key."""
+    if len(name) > MAX_NAME:
+        raise InputError(f"{path}: byte {position}: a name of {len(name)} letters; re-pack the shard")
+    return name
+
+
 def _text(field: bytes) -> str:
     return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
@@ -139,14 +153,13 @@ def _extension(kind: int, content: bytes, pending: _Pending) -> _Pending:
 
 def _pax_records(content: bytes) -> dict[str, str]:
     """The `length key=value` lines of a pax header; the length counts the whole line."""
-    records = {}
-    while content.rstrip(b"\0"):
-        number, rest = content.split(b" ", 1)
-        length = int(number) - len(number) - 1
-        line = rest[: max(length, 0)]
-        if len(line) != length or not line.endswith(b"\n"):
+    records, start, end = {}, 0, len(content.rstrip(b"\0"))
+    while start < end:
+        space = content.index(b" ", start, start + MAX_DIGITS)
+        line = content[space + 1 : start + int(content[start:space])]
+        if not line.endswith(b"\n") or start + int(content[start:space]) > len(content):
             raise ValueError("a line has another length than it says")
         key, _, value = line[:-1].partition(b"=")
         records[key.decode("utf-8")] = value.decode("utf-8", "surrogateescape")
-        content = content[int(number) :]
+        start = space + 1 + len(line)
     return records

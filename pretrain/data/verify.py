@@ -15,7 +15,7 @@ from pretrain.data.index import Records, index_path, indexed_samples, open_index
 from pretrain.data.indexing import image_size
 from pretrain.data.members import key_and_extension
 from pretrain.data.tar import Member, scan
-from pretrain.errors import InputError
+from pretrain.errors import InputError, printable
 
 THREADS = 8  # that decode; the decoders release the interpreter lock
 CHUNK = 32  # images in memory
@@ -31,9 +31,9 @@ class Fault(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        """As one line."""
+        """As one line that can be printed, whatever bytes the names are of."""
         place = f"{self.shard}: {self.key}" if self.key else f"{self.shard}"
-        return f"{place}: {' '.join(self.reason.split())}"
+        return printable(f"{place}: {self.reason}")
 
 
 def verify_shard(shard: Path) -> Iterator[Fault]:
@@ -79,7 +79,7 @@ def _read_others(shard: Path, records: Records, members: dict[int, Member]) -> I
 def _fault_of_notes(content: bytes) -> str:
     try:
         json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"is not JSON ({error})"
     return ""
 
@@ -97,7 +97,12 @@ def _bytes(file: BinaryIO, offset: int, size: int) -> bytes:
 def _verify_samples(shard: Path, records: Records, members: dict[int, Member]) -> Iterator[Fault]:
     with shard.open("rb") as file, ThreadPoolExecutor(THREADS) as pool:
         for part in _chunks(records):
-            contents = [_bytes(file, int(record["offset"]), int(record["size"])) for record in part]
+            contents = [
+                _bytes(file, int(record["offset"]), int(record["size"]))
+                if _lies_where_indexed(record, members)
+                else b""
+                for record in part
+            ]
             reasons = pool.map(_fault_of_sample, part, contents, [members] * len(part))
             for record, reason in zip(part, reasons, strict=True):
                 if reason:
@@ -127,7 +132,7 @@ def _fault_of_sample(record: np.void, content: bytes, members: dict[int, Member]
 
 
 def _lies_where_indexed(record: np.void, members: dict[int, Member]) -> bool:
-    extension = record["extension"].decode()
+    extension = record["extension"].decode("latin-1")
     key = record["key"].decode("utf-8", "surrogateescape")
     image: Any = members.get(int(record["offset"]))
     found = image and image.size == record["size"] and image.name.lower() == f"{key}.{extension}".lower()

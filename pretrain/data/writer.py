@@ -1,5 +1,6 @@
 """Encoded images to webdataset tar shards, with the index beside each."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from pretrain.data.indexing import build_index
 from pretrain.errors import InputError
 
 SampleTuple = tuple[str, str, bytes, int | None, Mapping[str, Any]]  # the fields of `PackedSample`
+PREFIX = re.compile(r"\w[\w.-]*")  # no folder, and no wildcard
 FIXED_TIME = 0.0  # of every member: equal samples give equal shards
 
 
@@ -61,9 +63,13 @@ def clear_shards(folder: Path, prefix: str, force: bool, sources: Iterable[Path]
         sources: files that are still to be read.
 
     Raises:
-        InputError: there are some, and `force` is not given, or one of them is still to be read.
+        InputError: the prefix is no part of a name, there are shards and `force` is not given, or one of them
+            is still to be read.
     """
-    shards = sorted(folder.glob(f"{prefix}-*.tar"))
+    if not PREFIX.fullmatch(prefix):
+        raise InputError(f"--prefix {prefix!r}: must be letters, digits, dots, dashes and underscores")
+    name = re.compile(re.escape(prefix) + r"-\d{6,}\.tar")  # not those of train-extra, with train
+    shards = sorted(path for path in folder.glob("*.tar") if name.fullmatch(path.name))
     needed = {source.resolve() for source in sources}
     for shard in shards:
         if shard.resolve() in needed:

@@ -9,6 +9,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from pretrain.export.own import ENTRY, FORMAT, map_safetensors, parse_descriptio
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
 TORCH_FILE = "file of torch.save"
+MAX_ENTRIES = 300_000  # of nested dicts and lists: a pickle can name one list in many places
 MAX_HEADER = 100 << 20  # bytes of a safetensors header, the format's own limit
 
 
@@ -69,6 +71,8 @@ def _safetensors_file(path: Path) -> Contents:
 
 
 def _torch_file(path: Path, mapped: bool) -> Contents:
+    if mapped:
+        _refuse_bomb(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an archive of TorchScript is refused, not warned of
@@ -76,12 +80,25 @@ def _torch_file(path: Path, mapped: bool) -> Contents:
     except Exception as error:  # a damaged file fails in whichever way its bytes lead to
         raise InputError(f"{path}: {_why(error)}") from error
     try:
-        tensors = dict(_flat(found, ""))
+        tensors = dict(_tensors(found))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: its dicts and lists are nested without end") from error
     if not tensors:
         raise InputError(f"{path}: holds no tensors, but a {type(found).__name__}")
     return Contents(TORCH_FILE, tensors, _beside(path), str(path.with_suffix(".json")))
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse an archive whose parts would be larger than itself: torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path}: cut short, damaged or no state dict ({first_line(error)})") from error
+    if claimed > path.stat().st_size:
+        raise InputError(f"{path}: an archive of {claimed:,} bytes when unpacked; torch.save packs nothing")
 
 
 def _why(error: Exception) -> str:
@@ -100,12 +117,20 @@ def _why(error: Exception) -> str:
     return f"cut short, damaged or no state dict ({first_line(error)})"
 
 
-def _flat(value: object, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _tensors(found: object) -> Iterator[tuple[str, Tensor]]:
     """The tensors of nested dicts and lists; everything else is left."""
-    if isinstance(value, Tensor):
-        _check_plain(prefix, value)
-        yield prefix, value.detach()
-    elif isinstance(value, Mapping):
+    for count, (name, value) in enumerate(_flat(found, "")):
+        if count == MAX_ENTRIES:
+            raise InputError(f"holds more than {MAX_ENTRIES:,} entries")
+        if isinstance(value, Tensor):
+            _check_plain(name, value)
+            yield name, value.detach()
+
+
+def _flat(value: object, prefix: str) -> Iterator[tuple[str, object]]:
+    """Every entry of nested dicts and lists, itself first."""
+    yield prefix, value
+    if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list | tuple):

@@ -182,7 +182,7 @@ def read_document(path: Path) -> dict[str, Any]:
     """
     try:
         contents = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); continue from another checkpoint") from error
     if not isinstance(contents, dict):
         raise InputError(f"{path}: is not a JSON object; continue from another checkpoint")

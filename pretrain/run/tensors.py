@@ -69,9 +69,18 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     for name, entry in entries.items():
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
             raise _damaged(folder, ValueError(f"{name} is not stored whole"))
+    _check_bytes(folder, entries)
     tensors = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items()}
     load_tensors(folder, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _check_bytes(folder: Path, entries: Mapping[str, TensorStorageMetadata]) -> None:
+    """Refuse metadata that claims more bytes than the files hold, before memory is taken for them."""
+    claimed = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in entries.values())
+    there = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    if claimed > there:
+        raise _damaged(folder, ValueError(f"{claimed:,} bytes of tensors in files of {there:,} bytes"))
 
 
 def kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:

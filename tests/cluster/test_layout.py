@@ -50,6 +50,17 @@ def test_a_run_may_start_from_a_file_or_a_folder_that_is_there(tmp_path: Path) -
         check_run(missing)
 
 
+@pytest.mark.parametrize("name", ["a:b", "a\\b", "~/x", "a\nb", "a\x1bb"])
+def test_a_run_folder_that_a_job_would_read_otherwise(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    shards = [f"{key}=[{tmp_path}/a.tar]" for key in ("data.shards", "log.knn.train", "log.knn.test")]
+    cfg = load_config(ROOT / "configs/demo.yaml", [*shards, "cluster.gpus_per_node=1"])
+    where = name if name.startswith("~") else str(tmp_path / name)
+    with pytest.raises(InputError, match=r"^run\.dir: "):
+        check_run(replace(cfg, run=replace(cfg.run, dir=where)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
 @pytest.mark.parametrize(
     ("config", "nodes", "forwards", "per_forward"),
     [("vitl_rmlp", 1, 4, 64), ("vitl_rmlp", 4, 1, 64), ("vitg_mlp", 8, 4, 12), ("vits_mlp", 1, 1, 64)],

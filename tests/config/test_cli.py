@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,30 @@ TEXTS = {
         "x.yaml: line 2: not valid YAML: found duplicate key run",
     ),
     "control character": ("run: \x01", "x.yaml: not valid YAML: unacceptable character"),
+    "code in a tag": (
+        "run: {dir: !!python/object/apply:os.system [touch harm]}",
+        "x.yaml: line 1: not valid YAML: could not determine a constructor for the tag",
+    ),
+    "wrong tag": ("run: {steps: !!int abc}", "x.yaml: not valid YAML: a value cannot be read"),
+    "no such day": ("run: {dir: !!timestamp x}", "x.yaml: not valid YAML: a value cannot be read"),
+    "switch of another kind": ("run: {seed: !!bool 7}", "x.yaml: not valid YAML: a value cannot be read"),
+    "number of 5000 digits": (
+        "run: {seed: " + 5000 * "9" + "}",
+        "x.yaml: not valid YAML: a value cannot be read",
+    ),
+    "number of 400 digits": ("run: {seed: " + 400 * "9" + "}", "x.yaml: run.seed: must be below 2^63"),
+    "brackets without end": ("run: " + 3000 * "[" + 3000 * "]", "x.yaml: not valid YAML: nested too deep"),
+    "aliases that multiply": (
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise("abcdefgh")),
+        "x.yaml: line 1: not valid YAML: YAML node expansion exceeds",
+    ),
+    "zero byte": ('run: {dir: "a\\0b"}', "x.yaml: run.dir: holds a zero byte; remove it"),
+    "reference for a section": ("run: ${model}", "x.yaml: run: is a section with the keys dir, steps"),
+    "unknown key of a source": (
+        "data: {sources: [{shards: a, wieght: 1}]}",
+        "x.yaml: data.sources[0].wieght: no such key; did you mean data.sources[0].weight?",
+    ),
     "list instead of sections": ("- a", "x.yaml: must hold `section:` mappings, not a list"),
     "text instead of sections": ("abc", "x.yaml: abc: no such key"),
     "number instead of sections": ("3", "x.yaml: must hold `section:` mappings"),
@@ -77,6 +102,9 @@ COMMANDS = {
         "ok.yaml data.shards=[{0..4}.tar]",
         "command line: data.shards: not valid YAML",
     ),
+    "wrong tag": ("ok.yaml run.steps=!!int<x>", "command line: run.steps: not valid YAML"),
+    "not Unicode": ("ok.yaml run.dir=\udcff", "command line: run.dir: not valid YAML"),
+    "key without end": ("ok.yaml " + 2000 * "a." + "b=1", "command line: a.a.a."),
     "base": ("ok.yaml base=x.yaml", "command line: base: no such key"),
 }
 

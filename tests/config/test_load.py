@@ -103,7 +103,7 @@ text = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])).fi
 @given(
     folder=text.filter(str.strip),
     shards=st.lists(text.filter(bool), min_size=1),
-    seed=st.integers(min_value=0),
+    seed=st.integers(min_value=0, max_value=2**63 - 1),
 )
 def test_any_text_survives_writing_and_reading(
     tmp_path_factory: pytest.TempPathFactory, folder: str, shards: list[str], seed: int
@@ -189,3 +189,26 @@ def test_a_time_that_yaml_reads_as_a_number_is_refused(time: str, tmp_path: Path
     config.write_text(f"cluster: {{time: {time}}}\n")
     with pytest.raises(ConfigError, match=r"cluster\.time: write it in quotes, as '1:30:00'"):
         load_config(config)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "KEY", "DB_PASSWORD", "MY_PWD"])
+def test_a_secret_of_the_environment_is_not_written_into_the_runs_config(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "the-secret")
+    address = "https://me:${oc.env:" + name + "}@host/x.tar"
+    for path, overrides in [
+        (write("a.yaml", f"data: {{shards: ['{address}']}}"), []),
+        (write("b.yaml", ""), [f"data.shards={address}"]),
+    ]:
+        with pytest.raises(ConfigError, match=rf"data\.shards: would write the secret in \${name}") as error:
+            load_config(path, overrides)
+        assert "the-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["SCRATCH", "KEYBOARD", "MONKEY_DIR", "PWD_OF_DATA"])
+def test_other_variables_may_stand_in_a_config(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "/there")
+    assert load_config(write("a.yaml", f"run: {{dir: '${{oc.env:{name}}}/x'}}")).run.dir == "/there/x"

@@ -65,6 +65,24 @@ def test_messages_hold_no_secrets() -> None:
     assert shown(signed) == "https://host/x.tar?part=3&X-Amz-Signature=..."
 
 
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("https://me:p@ss@host/x.tar", "https://host/x.tar"),
+        ("https://host/x.tar?token=abc&part=3", "https://host/x.tar?token=...&part=3"),
+        ("https://host/a@b.tar", "https://host/a@b.tar"),
+        (
+            "pipe:curl -H 'Authorization: Bearer abc.def' https://host/x.tar",
+            "pipe:curl -H 'Authorization: Bearer ...' https://host/x.tar",
+        ),
+        ("pipe:tool --password=abc --token abc x.tar", "pipe:tool --password=... --token ... x.tar"),
+        ("pipe:cat /d/tokens/x.tar", "pipe:cat /d/tokens/x.tar"),
+    ],
+)
+def test_passwords_and_short_secrets_are_not_shown(address: str, expected: str) -> None:
+    assert shown(address) == expected
+
+
 def test_names_in_the_cache() -> None:
     urls = [
         "https://host/a/train-000.tar?key=1",

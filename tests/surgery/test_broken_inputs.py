@@ -130,7 +130,7 @@ def odd_width(folder: Path) -> Path:
 CASES: dict[str, tuple[Maker, str]] = {
     "no such file": (lambda folder: folder / "none.pth", "no such file"),
     "an empty file": (lambda folder: written(folder / "a.pth", b""), "is empty"),
-    "a truncated .pth": (truncated, "cut short, damaged or no state dict (PytorchStreamReader failed"),
+    "a truncated .pth": (truncated, "cut short, damaged or no state dict (File is not a zip file"),
     "a truncated .safetensors": (truncated_safetensors, "not a complete safetensors file (Error while"),
     "a web page saved as .pth": (
         lambda folder: written(folder / "a.pth", b"<!DOCTYPE html><html>404 Not Found</html>"),

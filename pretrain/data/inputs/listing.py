@@ -1,7 +1,7 @@
 """The files of a folder or a list, all of one kind."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -76,8 +76,7 @@ def _has_dicom_mark(path: Path) -> bool:
 
 
 def _from_folder(src: Path) -> Listing:
-    walk = os.walk(src, followlinks=True)  # class folders are often links
-    paths = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+    paths = sorted(_walk(src))
     visible = [path for path in paths if not any(part[0] == "." for part in path.relative_to(src).parts)]
     kinds = {path: kind_of(path) for path in visible}
     _drop_notes_of_tars(kinds)
@@ -86,6 +85,25 @@ def _from_folder(src: Path) -> Listing:
     labelled = kind == "images" and _has_class_folders(src, names)
     files = [Source(src / name, name.as_posix(), name.parts[0] if labelled else None) for name in names]
     return Listing(kind, files, [str(path.relative_to(src)) for path in visible if not kinds[path]])
+
+
+def _walk(src: Path) -> Iterator[Path]:
+    """Every file below a folder, through links too: class folders are often links.
+
+    Raises:
+        InputError: a link leads back to a folder above it, or a file is a pipe, socket or device.
+    """
+    for folder, folders, names in os.walk(src, followlinks=True):
+        above = [path.resolve() for path in (Path(folder), *Path(folder).parents) if path.is_relative_to(src)]
+        for link in (path for name in folders if (path := Path(folder, name)).is_symlink()):
+            if any(
+                path.is_relative_to(link.resolve()) for path in above
+            ):  # it would be walked round and round
+                raise InputError(f"{link}: is a link to {link.resolve()}, which it lies in; remove it")
+        for path in (Path(folder, name) for name in names):
+            if path.exists() and not path.is_file():  # reading it might wait for ever
+                raise InputError(f"{path}: is a pipe, socket or device; move it elsewhere")
+            yield path
 
 
 def _drop_notes_of_tars(kinds: dict[Path, Kind | None]) -> None:
@@ -140,6 +158,8 @@ def _from_line(src: Path, number: int, line: str) -> Source:
     path = src.parent / name  # an absolute name stays as it is
     if len(rest) > 2:
         raise InputError(f"{src}: line {number}: more than path, label and group between tabs")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{src}: line {number}: {name} is not a file")
     if kind_of(path) is None:
         raise InputError(f"{src}: line {number}: {name} is not named like an image ({NAMES})")
     label, group = (*rest, "", "")[:2]

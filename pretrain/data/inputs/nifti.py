@@ -3,6 +3,8 @@
 A slice is stored with the first of its two axes along the width; it is not turned to any orientation.
 """
 
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ from pretrain.errors import InputError
 
 DEFAULT_AXIS = 2
 SUBJECT = re.compile(r"(?:^|_)(sub-[0-9A-Za-z]+)")  # in a BIDS file name
+GZIP_RATIO = 1032  # deflate packs nothing closer
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # bytes of this machine
 UNITS = "unspecified"  # the format has none for intensities
 
 
@@ -116,6 +120,9 @@ def _shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 
 def _load(path: Path) -> _Volume:
     data = _open(path).dataobj
+    claimed, there = math.prod(data.shape) * data.dtype.itemsize, path.stat().st_size
+    if claimed > GZIP_RATIO * there or claimed > MEMORY:
+        raise ValueError(f"claims {claimed:,} bytes of voxels in a file of {there:,} bytes")
     try:
         stored = data.get_unscaled()
     except Exception as error:  # as above: cut files, damaged compression

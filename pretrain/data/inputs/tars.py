@@ -1,7 +1,6 @@
 """Tar shards that webdataset, img2dataset or we wrote, to be mixed anew. Any sample is one seek away."""
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +22,7 @@ from pretrain.data.inputs.source import (
     Unreadable,
     describe,
 )
-from pretrain.data.members import IMAGE_EXTENSIONS, key_and_extension
+from pretrain.data.members import CLASS_NUMBER, IMAGE_EXTENSIONS, key_and_extension
 from pretrain.data.tar import Member, scan
 from pretrain.errors import InputError
 from pretrain.seeding import numpy_stream
@@ -166,7 +165,7 @@ def _notes(content: bytes) -> dict[str, Any]:
         return {}
     try:
         notes = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its .json cannot be read ({error})") from error
     if not isinstance(notes, dict):
         raise ValueError("its .json is not a set of keys and values")
@@ -176,6 +175,6 @@ def _notes(content: bytes) -> dict[str, Any]:
 def _label(content: bytes) -> int | None:
     if not content:
         return None
-    if not re.fullmatch(rb"\s*[0-9]+\s*", content):
+    if not CLASS_NUMBER.fullmatch(content):
         raise ValueError(f"its .cls holds {content[:20]!r}, not a class number")
     return int(content)

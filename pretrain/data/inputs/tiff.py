@@ -5,14 +5,18 @@ more than four channels).
 """
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pretrain.data.decode import DEFAULT
+from pretrain.data.formats import COLOUR_BANDS
 from pretrain.data.inputs.optional import load_library
 from pretrain.data.inputs.png import encode_png
+from pretrain.data.pixels import check_size
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SUBFILE_TYPE, BITS, SAMPLES, EXTRA_SAMPLES = 254, 258, 277, 338  # tags
@@ -33,7 +37,7 @@ def full_pages(path: Path) -> list[int]:
         if file.read(4) not in TIFF_STARTS:
             return []
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["TIFF"]) as image:
             pages = [page for page in range(getattr(image, "n_frames", 1)) if not _is_reduced(image, page)]
             suits = _suits_pillow(image)
     except Exception:  # Pillow's plug-ins raise what their parsers happen to meet
@@ -80,8 +84,9 @@ def read_page(path: Path, page: int) -> tuple[str, bytes]:
         ValueError: it cannot be read, or holds values other than 8 and 16 bits; says why.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["TIFF"]) as image:
             image.seek(page)
+            check_size(*image.size, DEFAULT.max_pixels)
             if _suits_pillow(image):
                 return _save(image)
     except (UnidentifiedImageError, SyntaxError):  # a kind of pixel that Pillow does not know
@@ -107,6 +112,7 @@ def _by_tifffile(path: Path, page: int) -> tuple[str, bytes]:
     try:
         with tifffile.TiffFile(path) as tiff:
             found = tiff.pages[page]
+            check_size(math.prod(found.shape), 1, COLOUR_BANDS * DEFAULT.max_pixels, "levels")
             pixels, axes, colour = found.asarray(), found.axes, found.photometric.name == "RGB"
     except Exception as error:  # its parsers raise what they happen to meet
         raise ValueError(f"{type(error).__name__}: {error}") from error
