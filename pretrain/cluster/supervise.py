@@ -18,6 +18,7 @@ from pretrain.command_line import INTERRUPTED, STOPPED
 from pretrain.processes import children, kill_tree, started
 from pretrain.records import read_records
 
+LOOPBACK = "lo"  # no other machine takes part, and a name of this one that does not resolve does no harm
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -89,7 +90,8 @@ class Supervisor:
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(self.code), os.environ.get("PYTHONPATH")]))
-        return {**os.environ, "PYTHONPATH": path, ATTEMPT: str(self._attempt)}
+        own = {"PYTHONPATH": path, ATTEMPT: str(self._attempt)}
+        return {"GLOO_SOCKET_IFNAME": LOOPBACK, **os.environ, **own}
 
     def _show(self, over: threading.Event) -> None:
         log = self.folder.rank_log(self._attempt, 0)

@@ -17,6 +17,8 @@ import torch
 
 from pretrain.engines.deepspeed_environment import prepare_environment
 from pretrain.errors import InputError
+from pretrain.run.deepspeed_files import check_harmless
+from pretrain.run.together import Together
 
 NATIVE, UNIVERSAL = "zero", "universal"
 
@@ -32,7 +34,7 @@ def save_optimizer(engine: Any, folder: Path) -> None:
 
 
 def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
-    """Take over what `save_optimizer` wrote; a collective call. DeepSpeed's files are pickles: trust them.
+    """Take over what `save_optimizer` wrote; a collective call.
 
     Args:
         engine: DeepSpeed's engine of the student, which has not saved anything itself.
@@ -43,7 +45,7 @@ def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
         False when another engine wrote the checkpoint: nothing was read.
 
     Raises:
-        InputError: it is of another number of ranks and was not converted, or cannot be read.
+        InputError: it is of another number of ranks and was not converted, wants to run code, or cannot be read.
     """
     saved = saved_ranks(folder)
     if not saved:
@@ -54,10 +56,11 @@ def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
             f"{folder}: is of {saved} ranks, this run has {ranks}; convert it once with "
             f"python tools/universal.py {folder.parent}"
         )
+    tag = UNIVERSAL if universal else NATIVE
+    _check_together(folder / tag)
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = universal
-    tag = UNIVERSAL if universal else NATIVE
     try:
         found, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     except Exception as error:  # a damaged file, or another stage, fails in whichever way it leads to
@@ -72,6 +75,15 @@ def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
         raise InputError(f"{folder}: holds no complete optimizer state; continue from another checkpoint")
     _repair(optimizer, groups)
     return True
+
+
+def _check_together(folder: Path) -> None:
+    """Rank 0 looks at the files of all: DeepSpeed unpickles what it is given."""
+    together = Together()
+    try:
+        together.first(lambda: check_harmless(sorted(folder.rglob("*.pt"))))
+    finally:
+        together.close()
 
 
 def _repair(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
@@ -95,11 +107,12 @@ def convert(checkpoint: Path) -> Path:
     """Make the optimizer state of a checkpoint readable for any number of ranks; returns its folder.
 
     Raises:
-        InputError: there is nothing to convert, or DeepSpeed's converter failed.
+        InputError: there is nothing to convert, a file wants to run code, or DeepSpeed's converter failed.
     """
     folder = checkpoint / "optim"
     if not saved_ranks(folder):
         raise InputError(f"{checkpoint}: holds no optimizer state of DeepSpeed; name its step_* folder")
+    check_harmless(sorted((folder / NATIVE).glob("*.pt")))
     prepare_environment(torch.device("cpu"))
     temporary, final = folder / f"{UNIVERSAL}.tmp", folder / UNIVERSAL
     shutil.rmtree(temporary, ignore_errors=True)

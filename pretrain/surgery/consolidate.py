@@ -1,26 +1,17 @@
 """Sharded checkpoints as whole tensors in one process: ours of any engine, and DeepSpeed's own."""
 
-import re
 import sys
 import tempfile
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from pretrain.errors import InputError, first_line
+from pretrain.run.deepspeed_files import check_harmless
 from pretrain.run.tensors import read_tensors
 
-# what DeepSpeed writes beside tensors, none of which does anything when it is made
-HARMLESS = (
-    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
-    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
-    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-    ("deepspeed.utils.tensor_fragment", "fragment_address"),
-)
 OPTIMIZER = "*_optim_states.pt"
 
 
@@ -55,8 +46,7 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as place:
         # DeepSpeed finds files by patterns, so a folder's name could lead it to files that were not checked
         links = _linked(_tag(folder), Path(place) / "checkpoint")
-        for link in links:
-            _check_harmless(link)
+        check_harmless(links)
         try:
             with warnings.catch_warnings(), redirect_stdout(sys.stderr):
                 warnings.simplefilter("ignore")
@@ -89,24 +79,3 @@ def _tag(folder: Path) -> Path:
     if len(tags) != 1:
         raise InputError(f"{folder}: holds {len(tags)} DeepSpeed checkpoints; name one of its folders")
     return tags[0]
-
-
-def _check_harmless(path: Path) -> None:
-    allowed: list[Any] = [(_inert(name), f"{module}.{name}") for module, name in HARMLESS]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"a pickle that wants to run {wanted[1]}" if wanted else first_line(error)
-        raise InputError(f"{path.resolve()}: {reason}; refused") from error
-
-
-def _inert(name: str) -> type:
-    """A class that takes anything and does nothing: this reading is a check, its result is dropped."""
-    members = {"__init__": _nothing, "__setstate__": _nothing}
-    return type(name, (), members)
-
-
-def _nothing(_self: object, *_arguments: object, **_named: object) -> None:
-    pass
