@@ -1,6 +1,6 @@
-"""`make drill`: a run is killed 50 times at random moments, and meets a full and a read-only disk.
+"""`make drill`: 50 random kills, a full disk, a read-only one, and the memory limit.
 
-The disks are real ones in memory, which only root can mount.
+The disks are real ones in memory, the limit is that of a control group: only root can make them.
 """
 
 import random
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config.load import load_config, save_config
+from pretrain.processes import children
 from pretrain.run.checkpoint_folder import newest_checkpoint
 from pretrain.run.tensors import read_tensors
 from tests.rank_processes import ROOT, ended, start_ranks
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.drill, pytest.mark.dist]
 
 STEPS, KILLS, SEED = 600, 50, 0
 MOST_STEPS = 16  # from a start to its kill
+FEW_STEPS = 60  # of a run in one process
 
 
 def config(shards: Path, run: Path) -> str:
@@ -41,12 +43,19 @@ def config(shards: Path, run: Path) -> str:
 
 
 def weights(run: Path) -> dict[str, Tensor]:
-    """Everything in the last checkpoint: both branches, method, optimizer."""
+    """Everything in the newest checkpoint: both branches, method, optimizer; copied, not mapped."""
     newest = newest_checkpoint(run / "checkpoints")
-    assert newest is not None and newest.name == f"step_{STEPS:08d}"
-    return {
-        f"{part}/{k}": v for part in ("model", "optim") for k, v in read_tensors(newest / part, "").items()
+    assert newest is not None
+    step = torch.tensor(int(newest.name.removeprefix("step_")))
+    parts = {part: read_tensors(newest / part, "") for part in ("model", "optim")}
+    return {"step": step} | {
+        f"{part}/{k}": v.clone() for part, named in parts.items() for k, v in named.items()
     }
+
+
+def assert_equal(mine: dict[str, Tensor], undisturbed: dict[str, Tensor], steps: int) -> None:
+    assert undisturbed["step"] == steps and mine.keys() == undisturbed.keys()
+    assert [name for name, value in undisturbed.items() if not torch.equal(value, mine[name])] == []
 
 
 def to_the_end(path: str, folder: Path) -> None:
@@ -85,9 +94,7 @@ def test_fifty_kills_end_in_the_weights_of_an_undisturbed_run(shards: Path, tmp_
     assert reached == sorted(reached)  # nothing that was saved is lost
     to_the_end(hurt, tmp_path)
     to_the_end(config(shards, tmp_path / "whole"), tmp_path)
-    mine, undisturbed = weights(tmp_path / "hurt"), weights(tmp_path / "whole")
-    assert mine.keys() == undisturbed.keys()
-    assert [name for name, value in undisturbed.items() if not torch.equal(value, mine[name])] == []
+    assert_equal(weights(tmp_path / "hurt"), weights(tmp_path / "whole"), STEPS)
     print(f"{KILLS} kills, checkpoints at {reached}")
 
 
@@ -102,9 +109,19 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def start(path: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pretrain", path, "engine.kind=single", "run.steps=20"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def alone(path: str, *settings: str) -> list[str]:
+    """The command that trains in one process."""
+    return [sys.executable, "-m", "pretrain", path, "engine.kind=single", f"run.steps={FEW_STEPS}", *settings]
+
+
+def start(path: str, *settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(alone(path, *settings), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def undisturbed(shards: Path, folder: Path) -> dict[str, Tensor]:
+    """What such a run ends with where nothing happens."""
+    assert start(config(shards, folder / "whole")).returncode == 0
+    return weights(folder / "whole")
 
 
 def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(shards: Path, tmp_path: Path) -> None:
@@ -114,27 +131,54 @@ def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(shards: Path, tmp_p
         assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
         assert "No space left on device" in full.stderr
         newest = newest_checkpoint(disk / "run" / "checkpoints")
-        assert newest is not None and int(newest.name.removeprefix("step_")) < STEPS
+        assert newest is not None and int(newest.name.removeprefix("step_")) < FEW_STEPS
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         assert start(hurt).returncode == 0
-        mine = {
-            k: v.clone() for k, v in read_tensors(disk / "run/checkpoints/step_00000020/model", "").items()
-        }
-    whole = config(shards, tmp_path / "whole")
-    assert start(whole).returncode == 0
-    undisturbed = read_tensors(tmp_path / "whole/checkpoints/step_00000020/model", "")
-    assert [name for name, value in undisturbed.items() if not torch.equal(value, mine[name])] == []
+        mine = weights(disk / "run")
+    assert_equal(mine, undisturbed(shards, tmp_path), FEW_STEPS)
 
 
 def test_a_read_only_disk_is_one_line_before_training(shards: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "ro,size=1m") as disk:
         path = config(shards, tmp_path / "run")
-        refused = subprocess.run(
-            [sys.executable, "-m", "pretrain", path, "engine.kind=single", f"run.dir={disk}/run"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        refused = start(path, f"run.dir={disk}/run")
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
         assert "cannot be used as a run folder" in refused.stderr and "Read-only" in refused.stderr
+
+
+@contextmanager
+def memory_limit(name: str) -> Iterator[Path]:
+    """A control group that has no page left for what its processes ask for."""
+    base = Path("/sys/fs/cgroup")
+    group = (base / "memory" if (base / "memory").is_dir() else base) / name
+    group.mkdir()
+    try:
+        first_version = group / "memory.limit_in_bytes"
+        (first_version if first_version.exists() else group / "memory.max").write_text("4096")
+        yield group
+    finally:
+        group.rmdir()
+
+
+def loader_worker(pid: int) -> int | None:
+    """The first worker of a run's loader: a child of its fork server."""
+    workers = [child for server in children(pid) for child in children(server)]
+    return min(workers, default=None)
+
+
+def test_a_loader_worker_killed_by_the_memory_limit_is_replaced(shards: Path, tmp_path: Path) -> None:
+    hurt = config(shards, tmp_path / "hurt")
+    with (
+        memory_limit(f"pretrain_drill_{tmp_path.name}") as group,
+        subprocess.Popen(alone(hurt), cwd=ROOT, stderr=subprocess.PIPE, text=True) as run,
+    ):
+        while lines(tmp_path / "hurt") < 5:
+            assert run.poll() is None
+            time.sleep(0.01)
+        worker = loader_worker(run.pid)
+        assert worker is not None
+        (group / "cgroup.procs").write_text(str(worker))
+        _, said = run.communicate(timeout=300)
+    assert run.returncode == 0
+    assert f"(process {worker}) died at position" in said and "SIGKILL" in said, said
+    assert_equal(weights(tmp_path / "hurt"), undisturbed(shards, tmp_path), FEW_STEPS)
