@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config import checks
 from pretrain.config.fit import fit
+from pretrain.config.home import expand_home
 from pretrain.config.keys import flatten, settings
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
@@ -63,7 +64,7 @@ def load_config(
         sources.insert(0, _source(str(cluster_file), {"cluster": _read_yaml(cluster_file, None)}))
     if options:
         sources.append(_source(COMMAND_LINE, dict(options)))
-    cfg = _resolve(_merge(sources), sources)
+    cfg = expand_home(_resolve(_merge(sources), sources))
     try:
         checks.check(cfg)
     except ValueError as error:
