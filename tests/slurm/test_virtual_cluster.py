@@ -9,6 +9,8 @@ import pytest
 
 from tests.slurm.virtual_cluster import SlurmError, VirtualCluster, temporary_cluster, unavailable
 
+pytestmark = pytest.mark.dist
+
 HOSTS = Path("/etc/hosts")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 RESTARTS = 'echo "begun ${SLURM_RESTART_COUNT:-0}"; [ -n "$SLURM_RESTART_COUNT" ] || sleep 60'
