@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain.cluster.history import begun
@@ -37,6 +38,12 @@ def start(shell: Shell, *arguments: str | Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses at which a process can be reached."""
+    sockets = psutil.Process(pid).net_connections("tcp")
+    return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,7 @@ def test_jobs_sees_cancels_and_resumes_a_local_run(undisturbed: Path, shards: Pa
         wait_until(lambda: step_of(run) >= 3, "training")
         (status,) = json.loads(shell.run("jobs.py", "status", "--json", run))
         assert (status["state"], status["job_id"]) == ("running", str(launcher.pid))
+        assert listening(pid_of(newest_job(run), 1)) == {"127.0.0.1"}
         refused = shell.run("local.py", tmp_path / "tiny.yaml", *TWO, status=2)
         assert f"run.dir: job {launcher.pid} is at work on {run}" in refused
         shell.run("jobs.py", "cancel", run)
