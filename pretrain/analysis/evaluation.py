@@ -14,7 +14,7 @@ from pretrain.analysis.last_blocks import LastBlocks
 from pretrain.analysis.linear_probe import LinearScores
 from pretrain.analysis.maps import cls_attention
 from pretrain.analysis.retrieval import retrieve
-from pretrain.analysis.segmentation import confusions, fit_segmentation, summary
+from pretrain.analysis.segmentation import IGNORED, confusions, fit_segmentation, summary
 from pretrain.analysis.uncertainty import bootstrap, bootstrap_statistic
 from pretrain.analysis.view import View
 from pretrain.errors import InputError
@@ -98,9 +98,11 @@ def segmentation_scores(seen: View, masks: Tensor) -> list[Score]:
     """Linear segmentation, fitted on the first half of the images and scored on the pixels of the second.
 
     Raises:
-        InputError: the first half shows a single class.
+        InputError: the first half shows a single class, or nothing in the second counts.
     """
     half = len(masks) // 2
+    if (masks[half:] == IGNORED).all():
+        raise InputError(f"--masks: in the half that is scored all is ignored ({IGNORED}); take more images")
     fitted = fit_segmentation(seen.patches[:half], masks[:half])
     counts = confusions(fitted, seen.patches[half:], masks[half:])
     miou = summary(counts.sum(dim=0)).miou

@@ -1,19 +1,16 @@
 """The report of an experiment: one HTML file for someone who did not run it, figures beside."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from pretrain.analysis import plots
-from pretrain.analysis.page import Page
-from pretrain.errors import InputError, first_line
+from pretrain.analysis.page import Page, write_figures
 from pretrain.registers.document import experiment_document
 from pretrain.registers.experiment import Experiment
 from pretrain.registers.findings import PLAUSIBLE, WITHIN, findings
 from pretrain.registers.pictures import picture_table
 from pretrain.registers.results import Result
 from pretrain.registers.tables import Table, block_table, effect_table, summary_table, task_table
-from pretrain.run.durable import write_text
 
 TONES = {"needed": "bad", "not needed": "good", "undecided": "doubtful"}
 QUESTION = (
@@ -54,11 +51,6 @@ CAVEATS = (
 )
 
 
-def figures_path(path: Path) -> Path:
-    """Where the figures of a report go; not NAME.json, which belongs to weights of that name."""
-    return path.with_suffix(".figures.json")
-
-
 def write_report(path: Path, experiment: Experiment, title: str, facts: Mapping[str, str]) -> None:
     """Write the page, and the figures beside it.
 
@@ -66,11 +58,7 @@ def write_report(path: Path, experiment: Experiment, title: str, facts: Mapping[
         InputError: a file cannot be written.
     """
     report_page(experiment, title, facts).write(path)
-    beside = figures_path(path)
-    try:
-        write_text(beside, json.dumps(experiment_document(experiment), indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{beside}: cannot be written ({first_line(error)})") from error
+    write_figures(path, experiment_document(experiment))
 
 
 def report_page(experiment: Experiment, title: str, facts: Mapping[str, str]) -> Page:

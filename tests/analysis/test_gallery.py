@@ -15,9 +15,10 @@ from pretrain.analysis.view import View, view
 from pretrain.errors import InputError
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
-from tests.analysis.inputs import scenes, small_model, write_model
+from tests.analysis.inputs import scenes, write_model
 from tests.analysis.test_page import pictures_of, stands_alone
 from tests.scripts import runner
+from tests.small import small_model
 
 
 @pytest.fixture
@@ -96,6 +97,10 @@ def test_the_tool_writes_a_sheet_and_a_page(photos, visualize, tmp_path):
         assert visualize(one, "--images", photos, "--number", 3, "--out", tmp_path / name).status == 0
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.html").exists()
     assert not (tmp_path / "a.html").exists() and not (tmp_path / "b.png").exists()
+    for block, said in ((-2, "of block -2"), (-1, "of the last block"), (1, "of block 1")):
+        page = tmp_path / f"block{block}.html"
+        assert visualize(one, "--images", photos, "--number", 1, "--out", page, "--block", block).status == 0
+        assert json.loads(page.with_suffix(".figures.json").read_text())["attention"] == said
 
 
 def test_wrong_input_is_one_line(photos, visualize, tmp_path):
@@ -112,4 +117,6 @@ def test_wrong_input_is_one_line(photos, visualize, tmp_path):
     ):
         done = visualize(model, "--images", photos, *arguments)
         assert done.status == 2 and words in done.err and done.err.count("\n") == 1, done.err
+    done = visualize(model, model, "--images", photos, "--out", tmp_path / "x")
+    assert done.status == 2 and f"CKPT: {model} is given twice" in done.err
     assert (tmp_path / "mine.png").read_text() == "mine" and not (tmp_path / "x").exists()
