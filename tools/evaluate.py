@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pretrain.analysis.backbone import build_backbone, short_names
 from pretrain.analysis.evaluation import (
+    TEMPERATURE,
     alignment_scores,
     consistency_scores,
     knn_scores,
@@ -159,12 +160,12 @@ def evaluate(
 
 def facts_of(train: LastBlocks, test: LastBlocks, pixels: Tensor) -> dict[str, str]:
     """What was done, in numbers."""
-    classes = len(train.labels.unique())
+    classes, counts = len(train.labels.unique()), ", ".join(map(str, neighbours(len(train.labels))))
     return {
         "training images": f"{len(train.labels)} in {classes} classes",
         "test images": f"{len(test.labels)}",
         "size": f"{pixels.shape[-1]} px, centre crop",
-        "k-NN": f"cosine, temperature 0.07, k = {', '.join(map(str, neighbours(len(train.labels))))}",
+        "k-NN": f"cosine, temperature {TEMPERATURE:g}, k = {counts}",
         "images for attention and masks": f"{len(pixels)}",
     }
 

@@ -96,7 +96,7 @@ def plan(options: argparse.Namespace, weights: Weights) -> Suite:
         _tests(options),
         ("transfer", "pretrain") if options.protocol == "both" else (options.protocol,),
         _places(options, weights.model),
-        options.pools,
+        list(dict.fromkeys(options.pools)),
         options.controls,
         method,
         Preparation(image_size(weights, options.size), scaling_for(options, weights), options.seed),

@@ -31,7 +31,7 @@ from pretrain.analysis.options import (
     check_counts,
     read_model,
 )
-from pretrain.analysis.page import check_page
+from pretrain.analysis.page import Table, check_page
 from pretrain.analysis.scaling import scaling_for
 from pretrain.command_line import Parser, exit_status
 from pretrain.errors import InputError
@@ -41,7 +41,7 @@ from pretrain.registers.document import experiment_document
 from pretrain.registers.experiment import Experiment, Order, run
 from pretrain.registers.findings import findings
 from pretrain.registers.report import write_report
-from pretrain.registers.tables import Table, effect_table, summary_table, task_table
+from pretrain.registers.tables import effect_table, summary_table, task_table
 
 PICTURES = 4  # images that a report shows
 PLAIN = Order(())

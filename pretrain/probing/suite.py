@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pretrain.analysis.backbone import build_backbone, model_fingerprint
+from pretrain.analysis.page import Table
 from pretrain.analysis.taps import Place
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights
@@ -19,7 +20,6 @@ from pretrain.probing.rows import Protocol, Row, Rows
 from pretrain.probing.selection import check_disjoint, split
 from pretrain.probing.sets import LabelledSet, Preparation
 from pretrain.probing.store import FeatureSet, Pool, extract, open_features
-from pretrain.probing.summary import Table
 
 TEST_SHARE = 0.2  # of a shifted set that is tested on where the rest is fitted on (paper)
 Stage = Callable[[str, int], Callable[[int], None]]  # begins a stage: what, how many; returns what to tell

@@ -245,8 +245,13 @@ def test_a_set_that_is_too_small_to_be_split_is_named(data, probe, tmp_path):
     samples = [PackedSample(f"{i}", "png", picture(i, i), i, {}) for i in range(3)]
     write_shards(samples, tmp_path, "few", 9)
     command_of_few = (
-        *command(data, tmp_path / "out", "--blocks", 0, "--points", "LN1"),
+        *command(data, tmp_path / "out", "--blocks", 0, "--points", "RC2"),
         *("--shift", f"few={tmp_path / 'few-*.tar'}", "--protocol", "pretrain"),
     )
     status, _, err = probe(*command_of_few)
     assert status == 2 and "few: 3 images: too few images for 20% validation" in err
+    transfer = (*command_of_few[:-1], "transfer")  # it can be tested on, but lies nowhere
+    status, _, err = probe(*transfer)
+    assert status == 0, err
+    shifts = json.loads((tmp_path / "out" / "report.figures.json").read_text())["shifts"]
+    assert [row["set"] for row in shifts] == ["test", "few"] and shifts[1]["Frechet distance"] == "-"
