@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pretrain.config.derived import vit_shape
-from pretrain.errors import InputError
 from pretrain.export.weights import Weights
 from pretrain.models.vit import VisionTransformer
 
@@ -46,13 +45,10 @@ def model_fingerprint(weights: Weights) -> str:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Names of models for tables: without folder and suffix where that tells them apart.
-
-    Raises:
-        InputError: a file is there twice.
-    """
-    twice = [path for path in paths if paths.count(path) > 1]
-    if twice:
-        raise InputError(f"CKPT: {twice[0]} is given twice; name each model once")
-    stems = [path.stem for path in paths]
-    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+    """Different names of models for tables: without folder and suffix where that tells them apart."""
+    stems, names = [path.stem for path in paths], list[str]()
+    for place, path in enumerate(paths):
+        again = paths[:place].count(path)
+        name = path.stem if stems.count(path.stem) == 1 else str(path)
+        names.append(f"{name} ({again + 1})" if again else name)
+    return names

@@ -97,6 +97,12 @@ def test_the_tool_writes_a_sheet_and_a_page(photos, visualize, tmp_path):
         assert visualize(one, "--images", photos, "--number", 3, "--out", tmp_path / name).status == 0
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.html").exists()
     assert not (tmp_path / "a.html").exists() and not (tmp_path / "b.png").exists()
+    twice = visualize(one, one, "--images", photos, "--number", 1, "--out", tmp_path / "twice.html")
+    assert twice.status == 0, twice.err  # a model beside itself shows the same
+    first, second = json.loads((tmp_path / "twice.figures.json").read_text())[
+        "outlier_percent_by_block"
+    ].items()
+    assert (first[0], second[0]) == (f"{one}", f"{one} (2)") and first[1] == second[1]
     for block, said in ((-2, "of block -2"), (-1, "of the last block"), (1, "of block 1")):
         page = tmp_path / f"block{block}.html"
         assert visualize(one, "--images", photos, "--number", 1, "--out", page, "--block", block).status == 0
@@ -117,6 +123,4 @@ def test_wrong_input_is_one_line(photos, visualize, tmp_path):
     ):
         done = visualize(model, "--images", photos, *arguments)
         assert done.status == 2 and words in done.err and done.err.count("\n") == 1, done.err
-    done = visualize(model, model, "--images", photos, "--out", tmp_path / "x")
-    assert done.status == 2 and f"CKPT: {model} is given twice" in done.err
     assert (tmp_path / "mine.png").read_text() == "mine" and not (tmp_path / "x").exists()
