@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import at_least
 from step_cost import device_name, durations, now
-from step_ours import at_least
 from torch import Tensor
 
 from pretrain.command_line import Parser, exit_status

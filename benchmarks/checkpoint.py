@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import at_least
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -44,11 +45,12 @@ def parse() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="checkpoint.py", description=__doc__, formatter_class=raw)
     parser.add_argument("--arch", default="vit_base", choices=["tiny", "vit_small", "vit_base", "vit_large"])
-    parser.add_argument("--ranks", type=int, default=1, help="processes; more than one share the state")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="saves of each way after a warm-up (default 5)"
-    )
-    parser.add_argument("--steps", type=int, default=10, help="steps between saves, at least (default 10)")
+    for name, default, text in (
+        ("--ranks", 1, "processes; more than one share the state"),
+        ("--repeats", 5, "saves of each way after a warm-up"),
+        ("--steps", 10, "steps between saves, at least"),
+    ):
+        parser.add_argument(name, type=at_least(1), default=default, help=f"{text} (default {default})")
     parser.add_argument("--folder", type=Path, help="to write into (default: the system's temporary folder)")
     return parser.parse_args()
 

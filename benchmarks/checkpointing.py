@@ -22,15 +22,14 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
+from arguments import at_least
 from step_cost import device_name, peak_bytes
-from step_ours import ARCHS, Ours, at_least, initial_weights, random_batch, recipe
+from step_ours import ARCHS, Ours, checked, initial_weights, random_batch, recipe
 from step_turns import Runner, take_turns
 
 from pretrain.command_line import Parser, exit_status
 from pretrain.config import schema
-from pretrain.config.checks import check
 from pretrain.config.schema import Config, Recomputed
-from pretrain.errors import InputError
 from pretrain.session import pick_device
 
 MODES: tuple[Recomputed, ...] = get_args(Recomputed)
@@ -68,12 +67,7 @@ def configuration(options: argparse.Namespace, size: str, precision: Any, mode: 
     engine = schema.EngineConfig(device=options.device, precision=precision, activation_checkpointing=mode)
     model = {"drop_path_rate": options.drop_path, "attention": options.attention}
     cfg = recipe(size, options.patch_size, options.batch, engine, **model)
-    cfg = replace(cfg, dino_head=schema.HeadConfig(prototypes=options.prototypes))
-    try:
-        check(cfg)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return cfg
+    return checked(replace(cfg, dino_head=schema.HeadConfig(prototypes=options.prototypes)))
 
 
 def trainer(cfg: Config, weights: dict[str, torch.Tensor], device: torch.device) -> Runner:

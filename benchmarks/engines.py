@@ -18,6 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from arguments import at_least
+
+from pretrain.command_line import Parser, exit_status
 from pretrain.data.digits import write_digits
 
 ROOT = Path(__file__).parents[1]
@@ -50,8 +53,11 @@ RMLP = (
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        prog="engines.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     names = [layout.name for layout in LAYOUTS]
     parser.add_argument(
@@ -60,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--head", choices=["mlp", "rmlp"], default="mlp", help="projection head (default mlp)"
     )
-    parser.add_argument("--steps", type=int, default=8, help="default 8")
+    parser.add_argument("--steps", type=at_least(1), default=8, help="default 8")
     return parser.parse_args()
 
 
@@ -127,4 +133,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("engines.py", main))

@@ -27,9 +27,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from arguments import at_least
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
+from pretrain.command_line import Parser, exit_status
 from pretrain.config.derived import ARCHITECTURES, rmlp_widths
 from pretrain.config.schema import HeadConfig, RmlpConfig, RmlpInit
 from pretrain.heads import MlpHead, RmlpHead
@@ -44,8 +46,8 @@ Figures = dict[str, Any]
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    raw, positive = argparse.RawDescriptionHelpFormatter, at_least(1)
+    parser = Parser(prog="heads.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
 
     def add(name: str, default: object, text: str, **rest: Any) -> None:
         parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})", **rest)
@@ -60,13 +62,6 @@ def parse() -> argparse.Namespace:
     add("repeats", 5, "turns of each side after a warm-up turn", type=positive, metavar="N")
     add("threads", 1, "threads", type=positive, metavar="N")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """A type of option: whole numbers from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text}")
-    return int(text)
 
 
 def plain_logits(x: Tensor, widths: tuple[int, ...], noise: Callable[[int, int], Tensor]) -> Tensor:
@@ -178,7 +173,7 @@ def line(figures: Figures) -> str:
 
 
 def main() -> int:
-    """Measure and print; the process's exit status."""
+    """Measure and print."""
     options = parse()
     torch.set_num_threads(options.threads)
     print("| K | calls | mlp, s | ours, s | with signs, s | plain, s | mlp / ours | plain / ours |")
@@ -200,4 +195,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("heads.py", main))

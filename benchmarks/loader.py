@@ -28,20 +28,14 @@ from typing import Any, NamedTuple
 
 import cv2
 import torch
+from arguments import at_least
 from loader_baseline import Lap, PlainLoader, untimed
 from loader_images import DataSet, write_images
-from loader_stages import (
-    REFERENCE_BITS,
-    REFERENCE_MS,
-    REST,
-    StagedLoader,
-    Stopwatch,
-    agreement,
-    equal_batches,
-    shares,
-)
+from loader_report import report
+from loader_stages import StagedLoader, Stopwatch, agreement, equal_batches, shares
 
 from pretrain.batch import Batch
+from pretrain.command_line import Parser, exit_status
 from pretrain.config import schema
 from pretrain.config.checks import check
 from pretrain.config.schema import Config
@@ -49,9 +43,8 @@ from pretrain.data.collate import collate
 from pretrain.data.device_augment import augment_on_device
 from pretrain.data.group import GroupMaker
 from pretrain.data.slots import SlotLayout
+from pretrain.errors import InputError
 
-TOLERANCE = 0.30  # of a stage's share of the time, relative
-SAME_BITS = 0.3  # a pixel, between images that are alike
 PLAIN = "plain"  # the side that ours are compared with
 TOTAL = "all"  # the stage of what is not timed in stages
 PACKAGES = ("torch", "pillow", "numpy", "opencv-python-headless", "simplejpeg", "webdataset")
@@ -61,21 +54,30 @@ Stages = Mapping[str, float]  # CPU seconds by stage
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        prog="loader.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
     def add(name: str, default: object, text: str, **rest: Any) -> None:
         parser.add_argument(f"--{name}", default=default, help=f"{text} (default {default})", **rest)
 
-    add("images", 96, "in the data set, a multiple of the batch", type=int, metavar="N")
-    add("batch", 32, "images in a batch", type=int, metavar="B")
-    add("repeats", 9, "times that each side loads the data set, after a warm-up", type=int, metavar="N")
+    add("images", 96, "in the data set, a multiple of the batch", type=at_least(2), metavar="N")
+    add("batch", 32, "images in a batch", type=at_least(2), metavar="B")
+    add(
+        "repeats",
+        9,
+        "times each side loads the data set, after a warm-up",
+        type=at_least(1),
+        metavar="N",
+    )
     add("bits", [2.5, 5.0], "a pixel; a data set for each", type=float, nargs="+", metavar="BITS")
     add("seed", 0, "of the images, the draws and the order of turns", type=int)
     options = parser.parse_args()
-    if options.batch < 2 or options.images % options.batch or options.repeats < 1:
-        parser.error("--batch from 2 up, --images a multiple of it, --repeats from 1 up")
+    if options.images % options.batch:
+        raise InputError(f"--images: {options.images} is not a multiple of --batch={options.batch}")
     return options
 
 
@@ -232,54 +234,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def report(figures: Figures) -> Iterator[str]:
-    """The tables of a data set."""
-    bits = figures["bits_per_pixel"]
-    yield f"\n{bits:.2f} bits a pixel, {figures['kilobytes_per_image']:.0f} kB an image\n"
-    yield from table(["side", "images/CPU s", "ms an image", "min", "max", "speed-up", "min", "max"])
-    for side, times in figures["cpu_ms_per_image"].items():
-        gain = figures["speedup"].get(side, dict.fromkeys(times, 1.0))
-        cells = [figures["images_per_cpu_s"][side], *times.values(), *gain.values()]
-        yield f"| {side} | {' | '.join(f'{cell:.4g}' for cell in cells)} |"
-    yield from stage_table(figures["stages_cpu_ms_per_image"])
-    yield from share_table(figures["plain_shares_percent"], judged=abs(bits - REFERENCE_BITS) < SAME_BITS)
-    yield ""
-    for side, crops in figures["crops_against_plain"].items():
-        yield from (f"{side}: {name}: {value:.3g}" for name, value in crops.items())
-    work = figures["device_work"]
-    yield f"on the device ({work['device']}): {work['ms_per_image']['median']:.3g} ms an image"
-
-
-def table(head: Sequence[str]) -> Iterator[str]:
-    """The first two lines of a Markdown table of numbers with a name each."""
-    yield f"| {' | '.join(head)} |"
-    yield f"|---|{'--:|' * (len(head) - 1)}"
-
-
-def stage_table(stages: dict[str, dict[str, float]]) -> Iterator[str]:
-    """Milliseconds by stage, a column for each side."""
-    yield ""
-    yield from table(["stage, ms an image", *stages])
-    for name in dict.fromkeys(name for times in stages.values() for name in times):
-        cells = (f"{times[name]:.2f}" if name in times else "" for times in stages.values())
-        yield f"| {name} | {' | '.join(cells)} |"
-    yield f"| sum | {' | '.join(f'{sum(times.values()):.2f}' for times in stages.values())} |"
-
-
-def share_table(found: dict[str, float], judged: bool) -> Iterator[str]:
-    """The plain side's shares beside the reference's; on images like its own they tell if it is as good."""
-    expected = shares(REFERENCE_MS)
-    yield ""
-    yield from table(["share, %", "plain", f"torchvision at {REFERENCE_BITS} bits a pixel", "relative"])
-    for name, share in found.items():
-        yield f"| {name} | {share:.1f} | {expected[name]:.1f} | {100 * (share / expected[name] - 1):+.0f} % |"
-    if not judged:
-        return
-    far = [name for name in found if abs(found[name] / expected[name] - 1) > TOLERANCE and name != REST]
-    verdict = f"beyond: {', '.join(far)}" if far else "all within"
-    yield f"the shares of {len(found) - 1} stages, {100 * TOLERANCE:.0f} % allowed: {verdict}"
-
-
 def setting(options: argparse.Namespace) -> Figures:
     """What the figures hold for."""
     return {
@@ -309,4 +263,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("loader.py", main))

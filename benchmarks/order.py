@@ -20,6 +20,9 @@ from itertools import combinations
 from statistics import mean, median
 from typing import Any
 
+from arguments import at_least
+
+from pretrain.command_line import Parser, exit_status
 from pretrain.data.order import Order, Shuffle
 
 QUALITY_SHARDS, QUALITY_SIZE, BATCH = 400, 250, 1_024  # 100,000 samples
@@ -28,12 +31,17 @@ BATCHES = 40  # looked at in each epoch
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        prog="order.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--samples", type=int, default=1_000_000_000, help="default 1,000,000,000")
-    parser.add_argument("--shards", type=int, default=10_000, help="default 10,000")
-    parser.add_argument("--lookups", type=int, default=10_000, help="positions looked up (default 10,000)")
+    parser.add_argument("--samples", type=at_least(1), default=1_000_000_000, help="default 1,000,000,000")
+    parser.add_argument("--shards", type=at_least(1), default=10_000, help="default 10,000")
+    parser.add_argument(
+        "--lookups", type=at_least(1), default=10_000, help="positions looked up (default 10,000)"
+    )
     parser.add_argument("--cost-of", choices=["block", "full", "none"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -144,4 +152,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("order.py", main))

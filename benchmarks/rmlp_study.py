@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from arguments import at_least
 from PIL import Image
 from rmlp_study_measures import Judge
 from rmlp_study_report import Results, document, draw, markdown
 
-from pretrain.analysis.corruptions import Corruption, CorruptionName, corrupt
+from pretrain.analysis.corruptions import SEVERITIES, Corruption, CorruptionName, corrupt
 from pretrain.command_line import Parser, exit_status
 from pretrain.data.decode import decode
 from pretrain.data.order import Order
@@ -39,6 +40,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 KINDS: tuple[CorruptionName, ...] = ("contrast", "gaussian_noise", "motion_blur")  # in turns
 COLOUR = ("flip_probability=0.5", "saturation=0.2", "hue=0.1", "grayscale_probability=0.2")
 ANCHOR = {"rmlp.amplitude": "5", "loss.koleo_weight": "0.5", "optim.lr": "1e-4", "optim.min_lr": "1e-4"}
+STUDY = "study.json"  # in the folder of a study: what its runs depend on
 MIX = ("dino_head.kind=mix", "dino_head.prototypes=4096")
 
 
@@ -98,17 +100,45 @@ def parse() -> argparse.Namespace:
     add("--shards", type=Path, required=True, metavar="DIR", help="labelled train-*.tar and test-*.tar")
     add("--work", type=Path, default=Path("runs/rmlp_study"), help="folder of copies and runs")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the runs that adapt; default 0 1 2")
-    add(
-        "--first-steps", type=int, default=300, help="of the common checkpoint, and from scratch; default 300"
-    )
-    add("--steps", type=int, default=60, help="of each adaptation; default 60")
-    add("--train-images", type=int, default=4000, help="that are adapted to and probed; default 4000")
-    add("--test-images", type=int, default=2000, help="that judge; default 2000")
-    add("--patch-size", type=int, default=4, help="pixels; default 4; 8 takes a quarter of the time")
-    add("--severity", type=int, default=3, help="of the corruptions, 1 to 5; default 3")
+    for name, default, text in (
+        ("--first-steps", 300, "of the common checkpoint, and from scratch"),
+        ("--steps", 60, "of each adaptation"),
+        ("--train-images", 4000, "that are adapted to and probed"),
+        ("--test-images", 2000, "that judge"),
+        ("--patch-size", 4, "pixels; 8 takes a quarter of the time"),
+    ):
+        add(name, type=at_least(1), default=default, help=f"{text}; default {default}")
+    add("--severity", type=int, choices=SEVERITIES, default=3, help="of the corruptions; default 3")
     add("--only", metavar="NAME", nargs="+", help="settings by name; default: all")
     add("--results", type=Path, metavar="FILE.md", help="the table; a picture goes beside it")
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = [setting.name for setting in (*ADAPTED, *SCRATCH)]
+    for name in options.only or []:
+        if name not in known:
+            raise InputError(f"--only: {name!r} is none of: {'; '.join(known)}")
+    return options
+
+
+def deciding(options: argparse.Namespace) -> dict[str, str | int]:
+    """What the runs and measures of a folder depend on."""
+    names = ("first_steps", "steps", "train_images", "test_images", "patch_size", "severity")
+    return {"shards": str(options.shards.resolve()), **{name: getattr(options, name) for name in names}}
+
+
+def refuse_other_study(options: argparse.Namespace) -> None:
+    """Runs of other settings would be taken for those that are asked for.
+
+    Raises:
+        InputError: the folder holds a study with other settings.
+    """
+    path = options.work / STUDY
+    known = json.loads(path.read_text()) if path.exists() else deciding(options)
+    changed = [
+        f"--{name}".replace("_", "-") for name, value in deciding(options).items() if known[name] != value
+    ]
+    if changed:
+        fault = f"{options.work} holds a study with other {', '.join(changed)}"
+        raise InputError(f"--work: {fault}; choose another folder")
 
 
 def corrupted_copies(options: argparse.Namespace, split: str, number: int) -> str:
@@ -166,6 +196,7 @@ def study(options: argparse.Namespace) -> Results:
     """Every setting with every seed, judged."""
     domain = corrupted_copies(options, "train", options.train_images)
     judged = corrupted_copies(options, "test", options.test_images)
+    write_text(options.work / STUDY, json.dumps(deciding(options)) + "\n")
     clean = [f"{options.shards}/{split}-*.tar" for split in ("train", "test")]
     judge = Judge(
         {"corrupted": (domain, judged), "clean": (clean[0], clean[1])},
@@ -200,9 +231,7 @@ def _slug(name: str) -> str:
 def main() -> int:
     """Study, report."""
     options = parse()
-    for name in ("first_steps", "steps", "train_images", "test_images"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    refuse_other_study(options)
     torch.manual_seed(0)
     found = study(options)
     facts = {

@@ -30,6 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from arguments import at_least
 from sinder_baseline import PlainRepair, PlainStep, least_squares, normal_equations, sampled_directions
 from sinder_inputs import SIZES, build, defective_weights, middle, model_of, noise, random_blocks
 from torch import Tensor
@@ -48,7 +49,7 @@ Figures = dict[str, Any]
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    raw = argparse.RawDescriptionHelpFormatter
+    raw, positive = argparse.RawDescriptionHelpFormatter, at_least(1)
     parser = Parser(prog="sinder.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="MEASUREMENT")
     verb = verbs.add_parser("directions", help="seconds to predict the directions", allow_abbrev=False)
@@ -67,7 +68,7 @@ def parse() -> argparse.Namespace:
     _add(verb, "bf16", False, "ours in bfloat16, too", action="store_true")
     _add(verb, "check", 10, "images whose losses are compared", type=positive)
     _add(verb, "images", 8, "in a turn", type=positive)
-    _add(verb, "clean", 2, "of them, those without anything that triggers the defect", type=int)
+    _add(verb, "clean", 2, "of them, those without anything that triggers the defect", type=at_least(0))
     _add(verb, "repeats", 3, "turns of each side", type=positive)
     return parser.parse_args()
 
@@ -75,13 +76,6 @@ def parse() -> argparse.Namespace:
 def _add(parser: argparse.ArgumentParser, name: str, default: object, text: str, **rest: Any) -> None:
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     parser.add_argument(f"--{name}", default=default, help=f"{text} (default {shown})", **rest)
-
-
-def positive(text: str) -> int:
-    """A type of option: whole numbers from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text}")
-    return int(text)
 
 
 def run_directions(options: argparse.Namespace) -> Figures:
@@ -145,7 +139,7 @@ def run_repair(options: argparse.Namespace) -> Figures:
         raise InputError(f"--image-size: {options.image_size} px is not a multiple of the patch size 14")
     if any(options.images % batch for batch in options.batches):
         raise InputError("--images: must be a multiple of each of --batches")
-    if not 0 <= options.clean <= options.images:
+    if options.clean > options.images:
         raise InputError(f"--clean: must be from 0 to --images={options.images}, got {options.clean}")
     return {size: measure_repair(size, options) for size in options.sizes}
 

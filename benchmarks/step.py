@@ -19,30 +19,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from statistics import mean, median
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
+from arguments import at_least
 from step_baseline import Baseline, masks_upper_bound
 from step_cost import Cost, device_name, matrix_ceiling, peak_bytes
-from step_ours import ARCHS, Ours, at_least, initial_weights, random_batch, recipe
+from step_ours import ARCHS, Ours, checked, initial_weights, random_batch, recipe
 from step_turns import Runner, Side, take_turns
 from torch import Tensor
 
+from pretrain.command_line import Parser, exit_status
 from pretrain.config import schema
-from pretrain.config.checks import check
 from pretrain.config.schema import Config
 from pretrain.session import pick_device
 
 SIDES = ("ours", "baseline")
 Figures = dict[str, Any]
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong input is one line and status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Without the usage."""
-        self.exit(2, f"step.py: {message} (--help lists the options)\n")
 
 
 def parse() -> argparse.Namespace:
@@ -73,7 +66,11 @@ def parse() -> argparse.Namespace:
 
 
 def configuration(options: argparse.Namespace) -> Config:
-    """The recipe with the asked heads and losses."""
+    """The recipe with the asked heads and losses.
+
+    Raises:
+        InputError: the options contradict one another.
+    """
     names = {"ffn_layer": options.ffn, "drop_path_rate": options.drop_path, "attention": options.attention}
     engine = schema.EngineConfig(device=options.device, precision=options.precision, compile=options.compile)
     cfg = replace(
@@ -82,8 +79,7 @@ def configuration(options: argparse.Namespace) -> Config:
         rmlp=schema.RmlpConfig(outputs=options.prototypes),
         loss=schema.LossConfig(centering=options.centering),
     )
-    check(cfg)
-    return cfg
+    return checked(cfg)
 
 
 def runner(name: str, cfg: Config, weights: dict[str, Tensor], device: torch.device) -> Runner:
@@ -167,14 +163,10 @@ def table(title: str, ours: Figures, baseline: Figures) -> str:
 
 
 def main() -> int:
-    """Measure and print; the process's exit status."""
+    """Measure and print."""
     options = parse()
     torch.set_num_threads(options.threads)
-    try:
-        cfg, device = configuration(options), pick_device(options.device)
-    except ValueError as error:
-        print(f"step.py: {error}", file=sys.stderr)
-        return 2
+    cfg, device = configuration(options), pick_device(options.device)
     if options.memory_of:
         print(peak_memory(options.memory_of, cfg, device))
         return 0
@@ -186,4 +178,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("step.py", main))

@@ -1,7 +1,5 @@
 """The package's training step as a benchmark runs it: its recipe, noise, the step itself."""
 
-import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +8,13 @@ from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.config import schema
+from pretrain.config.checks import check
 from pretrain.config.derived import drop_path_rates
 from pretrain.config.schema import Config
 from pretrain.data.drop_path import drop_subsets
 from pretrain.data.masking import group_masks
 from pretrain.engines.single import SingleEngine
+from pretrain.errors import InputError
 from pretrain.method.branch import SSLBranch
 from pretrain.method.dinov2 import DinoV2
 from pretrain.method.outputs import share_prototypes
@@ -26,17 +26,6 @@ from pretrain.seeding import numpy_stream, torch_stream
 GLOBAL_SIZE, LOCAL_SIZE = 224, 96  # pixels; the second is rounded to whole patches
 ARCHS = ["tiny", "vit_small", "vit_base", "vit_large", "vit_giant2"]
 TINY = {"arch": "custom", "embed_dim": 64, "depth": 2, "num_heads": 2}
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """A type of option: whole numbers from `least` up."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {least} up, got {text}")
-        return int(text)
-
-    return number
 
 
 def recipe(arch: str, patch: int, images: int, engine: schema.EngineConfig, **model: Any) -> Config:
@@ -59,6 +48,19 @@ def recipe(arch: str, patch: int, images: int, engine: schema.EngineConfig, **mo
         optim=schema.OptimConfig(global_batch_size=images, warmup_steps=1, freeze_last_layer_steps=0),
         engine=engine,
     )
+
+
+def checked(cfg: Config) -> Config:
+    """The same configuration.
+
+    Raises:
+        InputError: its settings contradict one another.
+    """
+    try:
+        check(cfg)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return cfg
 
 
 def random_batch(cfg: Config, index: int) -> Batch:

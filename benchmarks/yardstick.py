@@ -82,6 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _numbers(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} must be whole numbers with commas between them, as 0,1,2")
     return [int(part) for part in text.split(",")]
 
 

@@ -1,4 +1,4 @@
-"""A configuration small enough for unit tests, and random batches that fit it."""
+"""A configuration small enough for unit tests, random batches that fit it, and backbones."""
 
 from dataclasses import replace
 
@@ -18,22 +18,41 @@ from pretrain.config.schema import (
     OptimConfig,
     RunConfig,
 )
+from pretrain.models.init import init_weights
+from pretrain.models.vit import VisionTransformer
+
+
+def small_model(**changes) -> ModelConfig:
+    """Two blocks, width 24, patch 8, images of 32 pixels; `changes` replace settings."""
+    model = ModelConfig(
+        arch="custom",
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        patch_size=8,
+        img_size=32,
+        layer_scale=1.0,
+        drop_path_rate=0.0,
+    )
+    return replace(model, **changes)
+
+
+def random_backbone(model: ModelConfig, spread: float) -> VisionTransformer:
+    """Frozen; initial weights with noise of a deviation, so that tokens attend to what they are about."""
+    backbone = VisionTransformer(model, "math").eval()
+    init_weights(backbone, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += spread * torch.randn(parameter.shape, generator=generator)
+    return backbone.requires_grad_(False)
 
 
 def small_config(**sections) -> Config:
-    """Two blocks, width 24, patch 8; `sections` replace whole sections."""
+    """The small model with all that a run needs; `sections` replace whole sections."""
     cfg = Config(
         run=RunConfig(steps=20),
-        model=ModelConfig(
-            arch="custom",
-            embed_dim=24,
-            depth=2,
-            num_heads=2,
-            patch_size=8,
-            img_size=32,
-            layer_scale=1.0,
-            drop_path_rate=0.0,
-        ),
+        model=small_model(),
         dino_head=HeadConfig(prototypes=40, hidden_dim=32, bottleneck_dim=16),
         ibot_head=IbotHeadConfig(shared=True),
         data=DataConfig(

@@ -90,6 +90,13 @@ def test_rounding_and_small_losses_do_not_count_but_missing_terms_do():
     fewer = {"loss/total": LOSSES["loss/total"]}
     assert smoke.compare("demo", fewer, LOSSES).first.term == "loss/koleo"
     assert smoke.compare("demo", LOSSES, {}).first.step == 1
+    assert "--only demo --write" in smoke.explain(smoke.compare("demo", LOSSES, {}))
+
+
+def test_a_run_of_other_length_differs_from_where_one_ends():
+    longer = {name: [*values, 1.0] for name, values in LOSSES.items()}
+    for curves in ((longer, LOSSES), (LOSSES, longer)):
+        assert smoke.compare("demo", *curves).first.step == STEPS + 1
 
 
 @pytest.mark.parametrize("recipe", ["vitl_mlp_long", "rmlp_scans", "swav_demo_rmlp"])

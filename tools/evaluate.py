@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pretrain.analysis.backbone import build_backbone, short_names
 from pretrain.analysis.evaluation import (
+    TEMPERATURE,
     alignment_scores,
     consistency_scores,
     knn_scores,
@@ -46,14 +47,20 @@ from pretrain.analysis.last_blocks import LastBlocks, last_blocks
 from pretrain.analysis.linear_probe import RATES, ProbeSettings, linear_probe
 from pretrain.analysis.marks import shown_pixels
 from pretrain.analysis.masks import read_masks
+from pretrain.analysis.options import (
+    WEIGHTS,
+    add_model_options,
+    add_report_options,
+    check_counts,
+    read_model,
+)
 from pretrain.analysis.page import check_page
-from pretrain.analysis.scaling import add_scaling, scaling_for
+from pretrain.analysis.scaling import scaling_for
 from pretrain.analysis.view import view
 from pretrain.command_line import Parser, exit_status
 from pretrain.errors import InputError
-from pretrain.export.weights import Weights, read_weights
+from pretrain.export.weights import Weights
 from pretrain.models.vit import VisionTransformer
-from pretrain.surgery.architecture import Settings
 
 CROP, RESIZE = 224, 256  # pixels, as DINOv2 evaluates; models of a smaller position grid get that
 NUMBER = 200  # images for attention and masks
@@ -67,7 +74,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("sources", metavar="CKPT", type=Path, nargs="+", help="weights of any known format")
+    add("sources", metavar="CKPT", type=Path, nargs="+", help=WEIGHTS)
     add(
         "--train",
         metavar="SHARDS",
@@ -79,27 +86,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--images", metavar="SRC", help="for attention: a folder or shards; default: the first of --test")
     add("--masks", metavar="DIR", type=Path, help="NAME.png of classes for each image of the folder --images")
     add("--number", type=int, help=f"images for attention and masks; default {NUMBER}, or all there are")
-    add("--size", type=int, help=f"pixels of the images; default {CROP}, or those of a smaller position grid")
-    add_scaling(parser)
+    add_model_options(
+        parser, "of the order of images and of the probes", 64, f"{CROP}, or those of a smaller position grid"
+    )
     add("--resize", type=int, help=f"shorter side before the cut; default: size * {RESIZE} / {CROP}")
     add("--rates", type=float, nargs="+", default=list(RATES), metavar="LR", help="grid of the probes")
     add("--epochs", type=int, default=PROBE.epochs, help=f"of the probes; default {PROBE.epochs}")
-    add("--batch-size", type=int, default=64, help="images at once; default 64")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--num-heads", type=int, help="attention heads, where the weights do not tell")
-    add("--branch", metavar="NAME", help="student or teacher, where there are both")
-    add("--seed", type=int, default=0, help="of the order of images and of the probes; default 0")
     add("--json", action="store_true", help="print JSON")
-    add("--report", metavar="FILE.html", type=Path, help="a page with tables, plots and pictures")
-    add("--force", action="store_true", help="replace files that are there")
+    add_report_options(parser)
     return parser.parse_args(arguments)
 
 
 def check(options: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is read."""
-    for name in ("number", "size", "resize", "epochs", "batch_size"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    check_counts(options, ("number", "size", "resize", "epochs", "batch_size"))
     if not all(0 < rate < float("inf") for rate in options.rates):
         raise InputError("--rates: must be above 0")
     if options.masks and not options.images:
@@ -160,12 +160,12 @@ def evaluate(
 
 def facts_of(train: LastBlocks, test: LastBlocks, pixels: Tensor) -> dict[str, str]:
     """What was done, in numbers."""
-    classes = len(train.labels.unique())
+    classes, counts = len(train.labels.unique()), ", ".join(map(str, neighbours(len(train.labels))))
     return {
         "training images": f"{len(train.labels)} in {classes} classes",
         "test images": f"{len(test.labels)}",
         "size": f"{pixels.shape[-1]} px, centre crop",
-        "k-NN": f"cosine, temperature 0.07, k = {', '.join(map(str, neighbours(len(train.labels))))}",
+        "k-NN": f"cosine, temperature {TEMPERATURE:g}, k = {counts}",
         "images for attention and masks": f"{len(pixels)}",
     }
 
@@ -187,10 +187,8 @@ def main() -> int:
     """Evaluate, print, write."""
     options = parse(sys.argv[1:])
     check(options)
-    files = [
-        read_weights(path, options.branch, Settings(num_heads=options.num_heads)) for path in options.sources
-    ]
     names = short_names(options.sources)
+    files = [read_model(options, path) for path in options.sources]
     facts: dict[str, Any] = dict(zip(names, map(str, options.sources), strict=True))
     found = []
     with bars:

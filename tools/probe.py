@@ -10,26 +10,25 @@ on where an interrupted one ended. --out/report.html says where to probe, report
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Shown
 
-from pretrain.analysis.backbone import fingerprint
 from pretrain.analysis.corruptions import parse_corruption
 from pretrain.analysis.images import image_size
-from pretrain.analysis.scaling import add_scaling, scaling_for
+from pretrain.analysis.options import WEIGHTS, add_model_options, check_counts, read_model
+from pretrain.analysis.page import write_figures
+from pretrain.analysis.scaling import scaling_for
 from pretrain.analysis.taps import POINTS, Place, places
 from pretrain.command_line import Parser, exit_status
 from pretrain.config.derived import vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError
-from pretrain.export.weights import Weights, read_weights
+from pretrain.export.weights import Weights
 from pretrain.probing.experiment import NEIGHBOURS, Method, specs
 from pretrain.probing.report import report_page
 from pretrain.probing.rows import Rows
@@ -47,8 +46,6 @@ from pretrain.probing.suite import (
     ordered,
 )
 from pretrain.probing.summary import answer, chosen_table, tasks
-from pretrain.run.durable import write_text
-from pretrain.surgery.architecture import Settings
 
 POOLS = ("cls", "patch_mean", "all_mean", "cls+patch_mean")
 out, errors = Console(highlight=False, markup=False, width=140), Console(stderr=True)
@@ -60,7 +57,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="probe.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("source", metavar="CKPT", type=Path, help="weights of any known format")
+    add("source", metavar="CKPT", type=Path, help=WEIGHTS)
     add("--train", metavar="SHARDS", nargs="+", required=True, help="to fit probes and to choose among them")
     add("--test", metavar="SHARDS", nargs="+", required=True, help="to report the chosen ones")
     add("--shift", metavar="NAME=SHARDS", nargs="+", default=[], help="further test sets of another kind")
@@ -75,13 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--C", type=float, nargs="+", default=list(STRENGTHS), help="strengths to choose from; paper: 1")
     add("--val-share", type=float, default=0.2, help="of the training images, to choose on; default 0.2")
     add("--group-key", metavar="KEY", help="of the .json members, such as patient: never on both sides")
-    add("--size", type=int, help="pixels of the images; default: those of the position grid")
-    add_scaling(parser)
-    add("--batch-size", type=int, default=64, help="images at once; default 64")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--num-heads", type=int, help="attention heads, where the weights do not tell")
-    add("--branch", metavar="NAME", help="student or teacher, where there are both")
-    add("--seed", type=int, default=0, help="of splits, corruptions and controls; default 0")
+    add_model_options(parser, "of splits, corruptions and controls", 64)
     return parser.parse_args(arguments)
 
 
@@ -91,8 +82,9 @@ def plan(options: argparse.Namespace, weights: Weights) -> Suite:
     Raises:
         InputError: it asks for what is not there.
     """
-    if options.batch_size < 1:
-        raise InputError("--batch-size: must be at least 1")
+    check_counts(options, ("size", "batch_size"))
+    if not all(0 < strength < float("inf") for strength in options.C):
+        raise InputError("--C: must be above 0 and finite")
     if not 0 < options.val_share < 1:
         raise InputError(f"--val-share: {options.val_share:g} must be between 0 and 1")
     kind, choices = options.solver, NEIGHBOURS if options.solver == "knn" else options.C
@@ -104,7 +96,7 @@ def plan(options: argparse.Namespace, weights: Weights) -> Suite:
         _tests(options),
         ("transfer", "pretrain") if options.protocol == "both" else (options.protocol,),
         _places(options, weights.model),
-        options.pools,
+        list(dict.fromkeys(options.pools)),
         options.controls,
         method,
         Preparation(image_size(weights, options.size), scaling_for(options, weights), options.seed),
@@ -125,10 +117,10 @@ def _tests(options: argparse.Namespace) -> list[LabelledSet]:
     for text in options.corrupt:
         corruption = parse_corruption(text)
         found.append(LabelledSet(str(corruption), options.test, "--test", corruption))
-    names = ["train", *(images.name for images in found)]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"--shift, --corrupt: {name} is there twice")
+    folders = ["train", *(images.folder for images in found)]
+    for images in found:
+        if folders.count(images.folder) > 1:
+            raise InputError(f"--shift, --corrupt: {images.name} is there twice; give sets other names")
     if options.protocol != "transfer" and len(found) == 1:
         raise InputError("--protocol: fits on shifted images; give --shift or --corrupt")
     return found
@@ -159,22 +151,21 @@ def stage(what: str, total: int) -> Callable[[int], None]:
 def probe(options: argparse.Namespace, weights: Weights) -> int:
     """Compute features, fit probes, say where to probe."""
     suite = plan(options, weights)
-    wanted = asked(suite, fingerprint(weights.state))
+    wanted = asked(suite, weights)
     rows = Rows(suite.out / "rows.jsonl", wanted)
     features = compute_features(suite, weights, stage)
     all_tasks = build_tasks(suite, features)
     fit_missing(suite, weights, all_tasks, rows, stage)
     found = ordered(rows.rows, specs(weights.model, suite.places, suite.pools, suite.controls), all_tasks)
     shifts = distances(suite, features)
-    report_page(
-        f"Where to probe {options.source.stem}", found, shifts, dict(facts(suite, options.source))
-    ).write(suite.out / "report.html")
-    write_text(suite.out / "report.figures.json", json.dumps(figures(found, wanted, shifts), indent=1) + "\n")
+    page, title = suite.out / "report.html", f"Where to probe {options.source.stem}"
+    report_page(title, found, shifts, dict(facts(suite, options.source))).write(page)
+    write_figures(page, figures(found, wanted, shifts))
     for task in tasks(found):
         of_task = [row for row in found if (row.fitted_on, row.protocol) == task]
         _print(*chosen_table(of_task))
         print(f"{task[0]} ({task[1]}): {answer(of_task)}")
-    print(f"probe.py: wrote {suite.out / 'report.html'}", file=sys.stderr)
+    print(f"probe.py: wrote {page}", file=sys.stderr)
     return 0
 
 
@@ -189,9 +180,7 @@ def main() -> int:
     """Run the tool."""
     options = parse(sys.argv[1:])
     with bars:
-        return probe(
-            options, read_weights(options.source, options.branch, Settings(num_heads=options.num_heads))
-        )
+        return probe(options, read_model(options, options.source))
 
 
 if __name__ == "__main__":

@@ -17,24 +17,31 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Shown
 
 from pretrain.analysis.images import ImageSet, image_size
-from pretrain.analysis.scaling import add_scaling, scaling_for
+from pretrain.analysis.options import (
+    IMAGES,
+    WEIGHTS,
+    add_model_options,
+    add_report_options,
+    check_counts,
+    read_model,
+)
+from pretrain.analysis.page import Table, check_page
+from pretrain.analysis.scaling import scaling_for
 from pretrain.command_line import Parser, exit_status
 from pretrain.errors import InputError
-from pretrain.export.weights import Weights, read_weights
+from pretrain.export.weights import Weights
 from pretrain.registers.conditions import DEFAULT, KNOWN, parse_condition
 from pretrain.registers.document import experiment_document
 from pretrain.registers.experiment import Experiment, Order, run
 from pretrain.registers.findings import findings
-from pretrain.registers.report import figures_path, write_report
-from pretrain.registers.tables import Table, effect_table, summary_table, task_table
-from pretrain.surgery.architecture import Settings
+from pretrain.registers.report import write_report
+from pretrain.registers.tables import effect_table, summary_table, task_table
 
 PICTURES = 4  # images that a report shows
 PLAIN = Order(())
@@ -46,8 +53,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="registers.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("source", metavar="CKPT", type=Path, help="weights of any known format")
-    parser.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
+    parser.add_argument("source", metavar="CKPT", type=Path, help=WEIGHTS)
+    parser.add_argument("--images", metavar="SRC", required=True, help=IMAGES)
     parser.add_argument("--masks", metavar="DIR", type=Path, help="NAME.png of classes for each image")
     parser.add_argument("--conditions", metavar="A,B,...", default=",".join(DEFAULT), help=KNOWN)
     parser.add_argument("--blocks", default="all", help="after which: all, one such as 11, or 3-8")
@@ -61,18 +68,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         ("--bank-images", PLAIN.bank_images, "of them whose tokens are kept for bank"),
         ("--attention-images", PLAIN.attention_images, "images whose attention is compared"),
         ("--pairs", PLAIN.pairs, "images that are warped for correspondence"),
-        ("--batch-size", PLAIN.batch_size, "images at once"),
     ):
         parser.add_argument(name, type=int, default=default, help=f"{text}; default {default}")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--report", metavar="FILE.html", type=Path, help="a page with plots and pictures")
-    parser.add_argument("--force", action="store_true", help="replace a report that is there")
-    parser.add_argument("--size", type=int, help="pixels of the images; default: those of the position grid")
-    add_scaling(parser)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--num-heads", type=int, help="attention heads, where the weights do not tell")
-    parser.add_argument("--branch", metavar="NAME", help="student or teacher, where there are both")
-    parser.add_argument("--seed", type=int, default=0, help="of images and of all draws; default 0")
+    add_report_options(parser)
+    add_model_options(parser, "of images and of all draws", PLAIN.batch_size)
     return parser.parse_args(arguments)
 
 
@@ -83,9 +83,8 @@ def order_of(options: argparse.Namespace) -> Order:
         InputError: it asks for what cannot be.
     """
     counts = ("number", "train", "calibration_images", "bank_images", "pairs", "batch_size")
-    for name, least in {**dict.fromkeys(counts, 1), "attention_images": 0}.items():
-        if getattr(options, name) < least:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least {least}")
+    check_counts(options, ("size", *counts))
+    check_counts(options, ("attention_images",), 0)
     conditions = list(dict.fromkeys(map(parse_condition, options.conditions.split(","))))
     if options.batch_size == 1 and any(condition.mode == "shuffle" for condition in conditions):
         raise InputError("--batch-size: shuffle takes tokens from another image of the batch; take 2 or more")
@@ -100,16 +99,11 @@ def order_of(options: argparse.Namespace) -> Order:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse files that could not be written in the end."""
-    report, calibration = options.report, options.calibration
+    calibration = options.calibration
     if calibration is not None and calibration.suffix != ".safetensors":
         raise InputError(f"--calibration: {calibration} must end in .safetensors")
-    if report is None:
-        return
-    if report.suffix != ".html":
-        raise InputError(f"--report: {report} must end in .html; figures go beside it, in .figures.json")
-    for path in (report, figures_path(report)):
-        if path.exists() and not options.force:
-            raise InputError(f"--report: {path} exists; choose another name, or --force")
+    if options.report:
+        check_page(options.report, options.force)
 
 
 def image_set(options: argparse.Namespace, weights: Weights) -> ImageSet:
@@ -173,7 +167,7 @@ def main() -> int:
     options = parse(sys.argv[1:])
     check(options)
     order = order_of(options)
-    weights = read_weights(options.source, options.branch, Settings(num_heads=options.num_heads))
+    weights = read_model(options, options.source)
     images = image_set(options, weights)
     with bars:
         experiment = run(weights, images, order, stage)

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,13 +156,9 @@ def tolerance(recipe: str) -> float:
 def differences(curves: Curves, recorded: Curves) -> Iterator[Difference]:
     """Every value beside the recorded one."""
     for term in sorted({*curves, *recorded}):
-        here, there = (_padded(found.get(term, ())) for found in (curves, recorded))
-        for index, (mine, theirs) in enumerate(zip(here, there, strict=True)):
-            yield Difference(index + 1, term, mine, theirs, _distance(mine, theirs))
-
-
-def _padded(values: Sequence[float | None]) -> list[float | None]:
-    return [*values, *[None] * (STEPS - len(values))]
+        pairs = zip_longest(*(found.get(term, ()) for found in (curves, recorded)))
+        for step, (mine, theirs) in enumerate(pairs, start=1):
+            yield Difference(step, term, mine, theirs, _distance(mine, theirs))
 
 
 def _distance(here: float | None, recorded: float | None) -> float:
@@ -197,6 +194,8 @@ def _number(value: float | None, digits: int = 4) -> str:
 def explain(outcome: Outcome) -> str:
     """One line on a recipe whose curve is not the recorded one: where, and what that means."""
     assert outcome.first is not None
+    if not outcome.recorded:
+        return f"{outcome.recipe}: no curve is recorded; do so with --only {outcome.recipe} --write"
     step, term, here, recorded, size = outcome.first
     place = f"{outcome.recipe}: NOT as recorded from step {step} on"
     values = f"{term} {_number(here)}, recorded {_number(recorded)}, {size:.1e} apart"

@@ -26,14 +26,14 @@ from pretrain.analysis.backbone import build_backbone, short_names
 from pretrain.analysis.gallery import Part, Wanted, gallery, outlier_shares
 from pretrain.analysis.images import ImageSet, image_size
 from pretrain.analysis.marks import shown_pixels
+from pretrain.analysis.options import IMAGES, WEIGHTS, add_model_options, check_counts, read_model
 from pretrain.analysis.page import Page, check_page, write_figures
-from pretrain.analysis.scaling import add_scaling, scaling_for
+from pretrain.analysis.scaling import scaling_for
 from pretrain.analysis.sheet import HEADS, stacked, table
 from pretrain.analysis.view import View, view
 from pretrain.command_line import Parser, exit_status
 from pretrain.errors import InputError
-from pretrain.export.weights import Weights, read_weights
-from pretrain.surgery.architecture import Settings
+from pretrain.export.weights import Weights
 
 QUESTION = (
     "What do patch tokens and the class token of a vision transformer tell about an image: which parts "
@@ -48,23 +48,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="visualize.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("sources", metavar="CKPT", type=Path, nargs="+", help="weights of any known format")
-    add("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
+    add("sources", metavar="CKPT", type=Path, nargs="+", help=WEIGHTS)
+    add("--images", metavar="SRC", required=True, help=IMAGES)
     add("--out", type=Path, required=True, help="FILE.png, FILE.html, or a folder for both")
     add("--number", type=int, help=f"images, the first of a seeded order; default {NUMBER}")
-    add("--size", type=int, help="pixels of the images; default: those of the position grid")
-    add_scaling(parser)
-    add("--block", type=int, default=-1, help="whose attention is shown, from 0; default: the last")
+    add_model_options(parser, "of the order of the images")
+    add("--block", type=int, default=-1, help="whose attention is shown, from 0; default: the last (-1)")
     add("--blocks", type=int, nargs="+", default=[], metavar="BLOCK", help="after which norms are shown")
     add("--heads", type=int, default=HEADS, help=f"of which attention is shown; default {HEADS}")
     add(
         "--patch", type=_patch, metavar="ROW,COL", help="of the first image, to compare with; default: middle"
     )
-    add("--batch-size", type=int, default=8, help="images at once; default 8")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--num-heads", type=int, help="attention heads, where the weights do not tell")
-    add("--branch", metavar="NAME", help="student or teacher, where there are both")
-    add("--seed", type=int, default=0, help="of the order of the images; default 0")
     add("--force", action="store_true", help="replace files that are there")
     return parser.parse_args(arguments)
 
@@ -79,9 +73,7 @@ def _patch(text: str) -> tuple[int, int]:
 
 def targets(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     """The sheet and the page that are asked for, checked before anything is read."""
-    for name in ("number", "size", "heads", "batch_size"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    check_counts(options, ("number", "size", "heads", "batch_size"))
     out: Path = options.out
     match out.suffix:
         case ".png":
@@ -97,11 +89,11 @@ def targets(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     return sheet, page
 
 
-def see(options: argparse.Namespace, files: Sequence[Weights]) -> tuple[dict[str, View], Tensor]:
+def see(options: argparse.Namespace, files: Mapping[str, Weights]) -> tuple[dict[str, View], Tensor]:
     """What each model sees, and the images (n, 3, s, s) from 0 to 1 as the first one gets them."""
     views: dict[str, View] = {}
     shown: Tensor | None = None
-    for name, weights in zip(short_names(options.sources), files, strict=True):
+    for name, weights in files.items():
         scaling = scaling_for(options, weights)
         images = ImageSet(options.images, image_size(weights, options.size), scaling)
         number = options.number or min(NUMBER, len(images))
@@ -167,9 +159,8 @@ def main() -> int:
     """Look, draw, write."""
     options = parse(sys.argv[1:])
     sheet, page = targets(options)
-    files = [
-        read_weights(path, options.branch, Settings(num_heads=options.num_heads)) for path in options.sources
-    ]
+    names = short_names(options.sources)
+    files = {name: read_model(options, path) for name, path in zip(names, options.sources, strict=True)}
     with bars:
         views, pixels = see(options, files)
     parts = gallery(views, pixels, Wanted(options.patch, options.blocks, options.heads))
@@ -178,7 +169,7 @@ def main() -> int:
     if page:
         facts = dict(zip(views, map(str, options.sources), strict=True))
         facts["images"] = f"{len(pixels)} of {options.images}, seed {options.seed}"
-        facts["attention"] = f"of block {options.block}" if options.block >= 0 else "of the last block"
+        facts["attention"] = "of the last block" if options.block == -1 else f"of block {options.block}"
         facts["command"] = " ".join(["visualize.py", *sys.argv[1:]])
         draw_page(page, parts, views, facts)
     for path in filter(None, (sheet, page)):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pretrain.config.derived import vit_shape
 from pretrain.export.weights import Weights
 from pretrain.models.vit import VisionTransformer
 
@@ -29,7 +30,25 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def model_fingerprint(weights: Weights) -> str:
+    """64 hexadecimal digits that name what a model computes: `fingerprint`, and what tensors do not tell."""
+    model = weights.model
+    untold = [
+        vit_shape(model).num_heads,
+        model.register_neurons,
+        model.pos_embed_offset,
+        model.pos_embed_antialias,
+        model.img_size,
+        model.img_width,
+    ]
+    return hashlib.sha256(f"{fingerprint(weights.state)} {untold}".encode()).hexdigest()
+
+
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Names of models for tables: without folder and suffix where that tells them apart."""
-    stems = [path.stem for path in paths]
-    return [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+    """Different names of models for tables: without folder and suffix where that tells them apart."""
+    stems, names = [path.stem for path in paths], list[str]()
+    for place, path in enumerate(paths):
+        again = paths[:place].count(path)
+        name = path.stem if stems.count(path.stem) == 1 else str(path)
+        names.append(f"{name} ({again + 1})" if again else name)
+    return names

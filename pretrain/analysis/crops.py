@@ -25,11 +25,11 @@ def crop_picture(batch: Batch, count: int, patch_size: int) -> Tensor:
     seen = ~batch.masks.view(-1, 1, grid, grid)
     light = seen.float().repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
     masked = _colours(batch.global_crops) * (HIDDEN + (1 - HIDDEN) * light)
+    kinds = {"global": _colours(batch.global_crops), "masked": masked, "local": _colours(batch.local_crops)}
     columns, titles = [], []
-    for kind, crops in (("global", _colours(batch.global_crops)), ("masked", masked), ("local", None)):
-        pixels = _colours(batch.local_crops) if crops is None else crops
-        for i in range(len(pixels) // images):
-            columns.append(pixels[i * images : i * images + count])
+    for kind, crops in kinds.items():
+        for i in range(len(crops) // images):
+            columns.append(crops[i * images : i * images + count])
             titles.append(f"{kind} {i + 1}")
     return table(columns, titles)
 

@@ -14,7 +14,7 @@ from pretrain.analysis.last_blocks import LastBlocks
 from pretrain.analysis.linear_probe import LinearScores
 from pretrain.analysis.maps import cls_attention
 from pretrain.analysis.retrieval import retrieve
-from pretrain.analysis.segmentation import confusions, fit_segmentation, summary
+from pretrain.analysis.segmentation import IGNORED, confusions, fit_segmentation, summary
 from pretrain.analysis.uncertainty import bootstrap, bootstrap_statistic
 from pretrain.analysis.view import View
 from pretrain.errors import InputError
@@ -38,7 +38,8 @@ class Score:
     values: Tensor | None = None  # (m,) whose mean it is, one for each image
 
 
-def _mean(group: str, name: str, values: Tensor, percent: bool = True) -> Score:
+def _score(group: str, name: str, values: Tensor, percent: bool = True) -> Score:
+    """The mean of values (m,), one for each image; shares become percent."""
     scaled = values.double() * (100 if percent else 1)
     found = bootstrap(scaled.numpy(), SEED)
     return Score(group, name, found.mean, found.low, found.high, percent, scaled)
@@ -51,7 +52,7 @@ def knn_scores(train: LastBlocks, test: LastBlocks) -> list[Score]:
     found = []
     for k in neighbours(len(bank)):
         predicted = knn_predict(bank, train.labels, rows, k, TEMPERATURE, classes)
-        found.append(_mean("k-NN", f"k = {k}", (predicted == test.labels).cpu()))
+        found.append(_score("k-NN", f"k = {k}", (predicted == test.labels).cpu()))
     return found
 
 
@@ -62,7 +63,7 @@ def neighbours(number: int) -> list[int]:
 
 def linear_scores(found: LinearScores) -> list[Score]:
     """The chosen probe, and the oracle, which no interval makes honest."""
-    chosen = _mean("linear", "chosen on held-out training images", found.correct)
+    chosen = _score("linear", "chosen on held-out training images", found.correct)
     best = found.oracle.test
     return [chosen, Score("linear", "oracle: best of the grid on test", best, best, best)]
 
@@ -71,8 +72,8 @@ def retrieval_scores(train: LastBlocks, test: LastBlocks) -> list[Score]:
     """Training images are the gallery, test images the queries; class tokens."""
     found = retrieve(train.features(1, False), train.labels, test.features(1, False), test.labels)
     return [
-        _mean("retrieval", "recall@1", found.hit),
-        _mean("retrieval", "mAP over classes", found.over_classes()),
+        _score("retrieval", "recall@1", found.hit),
+        _score("retrieval", "mAP over classes", found.over_classes()),
     ]
 
 
@@ -91,16 +92,18 @@ def consistency_scores(backbone: VisionTransformer, images: Tensor, batch_size: 
         return torch.cat([cls_attention(backbone, part.to(device)).cpu() for part in parts])
 
     found = consistency(maps_of, images)
-    return [_mean("attention consistency", move, values, percent=False) for move, values in found.items()]
+    return [_score("attention consistency", move, values, percent=False) for move, values in found.items()]
 
 
 def segmentation_scores(seen: View, masks: Tensor) -> list[Score]:
     """Linear segmentation, fitted on the first half of the images and scored on the pixels of the second.
 
     Raises:
-        InputError: the first half shows a single class.
+        InputError: the first half shows a single class, or nothing in the second counts.
     """
     half = len(masks) // 2
+    if (masks[half:] == IGNORED).all():
+        raise InputError(f"--masks: in the half that is scored all is ignored ({IGNORED}); take more images")
     fitted = fit_segmentation(seen.patches[:half], masks[:half])
     counts = confusions(fitted, seen.patches[half:], masks[half:])
     miou = summary(counts.sum(dim=0)).miou
@@ -125,19 +128,19 @@ def alignment_scores(seen: View, masks: Tensor) -> list[Score]:
     best = heads[:, int(heads.mean(dim=0).argmax())]
     return [
         *_aligned("attention", attention.mean(dim=1), mass(attention.mean(dim=1)), covered),
-        _mean("alignment", "attention, IoU, oracle: best head", best),
+        _score("alignment", "attention, IoU, oracle: best head", best),
         *_aligned(
             "PCA foreground", foreground.values(patches).clamp(min=0), foreground.mask(patches), covered
         ),
-        _mean("alignment", "area of the objects: what ignorance scores", covered.area()),
+        _score("alignment", "area of the objects: what ignorance scores", covered.area()),
     ]
 
 
 def _aligned(name: str, maps: Tensor, places: Tensor, covered: Cover) -> list[Score]:
     return [
-        _mean("alignment", f"{name}, IoU", overlap(places, covered)),
-        _mean("alignment", f"{name}, pointing game", pointing(maps, covered)),
-        _mean("alignment", f"{name}, energy inside", energy_inside(maps, covered)),
+        _score("alignment", f"{name}, IoU", overlap(places, covered)),
+        _score("alignment", f"{name}, pointing game", pointing(maps, covered)),
+        _score("alignment", f"{name}, energy inside", energy_inside(maps, covered)),
     ]
 
 

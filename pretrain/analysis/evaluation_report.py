@@ -15,7 +15,7 @@ from pretrain.analysis.linear_probe import GridPoint, LinearScores
 from pretrain.analysis.marks import marked
 from pretrain.analysis.page import Page, write_figures
 from pretrain.analysis.segmentation import IGNORED
-from pretrain.analysis.sheet import heat
+from pretrain.analysis.sheet import attention_heat
 from pretrain.analysis.uncertainty import LEVEL
 from pretrain.analysis.view import View
 
@@ -195,7 +195,7 @@ def _pictures(page: Page, report: Report) -> None:
     for subject in report.subjects:
         prefix = f"{subject.name} " if len(report.subjects) > 1 else ""
         attention = subject.seen.attention[:SHOWN].mean(dim=1)
-        columns[f"{prefix}attention"] = iter(heat(attention[:, None])[:, 0])
+        columns[f"{prefix}attention"] = iter(attention_heat(attention[:, None])[:, 0])
         columns[f"{prefix}{100 * MASS:g} % of it"] = map(marked, pixels, mass(attention))
         if min(subject.seen.patches.shape[1:3]) >= SMALLEST_GRID:
             columns[f"{prefix}foreground"] = iter(foreground_colours(subject.seen.patches)[0][:SHOWN])

@@ -12,7 +12,7 @@ from pretrain.analysis.foreground import foreground_colours
 from pretrain.analysis.maps import PatchPca
 from pretrain.analysis.marks import marked
 from pretrain.analysis.outliers import NORM_THRESHOLD, norm_outliers
-from pretrain.analysis.sheet import HEADS, heat
+from pretrain.analysis.sheet import HEADS, attention_heat
 from pretrain.analysis.view import View
 from pretrain.errors import InputError
 
@@ -97,7 +97,7 @@ def _components(seen: View) -> Columns:
 def _attention(seen: View, heads: int) -> Columns:
     maps = torch.cat([seen.attention.mean(1, keepdim=True), seen.attention[:, :heads]], dim=1)
     titles = ["attention", *(f"head {index}" for index in range(maps.shape[1] - 1))]
-    return dict(zip(titles, heat(maps).unbind(1), strict=True))
+    return dict(zip(titles, attention_heat(maps).unbind(1), strict=True))
 
 
 def _norms(seen: View, blocks: Sequence[int]) -> Columns:

@@ -65,7 +65,7 @@ class ImageSet:
         try:
             stored = self.stored(index)
         except (ValueError, OSError) as error:
-            self.damaged.append(f"?: {error}")
+            self.damaged.append(f"image {index}: {error}")
             return None
         return self.decoded(stored)
 
@@ -142,7 +142,8 @@ def image_size(weights: Weights, size: int | None = None) -> int:
     Raises:
         InputError: the size is no multiple of the patch size.
     """
-    pixels, patch = size or weights.model.img_size, weights.model.patch_size
+    pixels = weights.model.img_size if size is None else size
+    patch = weights.model.patch_size
     if pixels < patch or pixels % patch:
         raise InputError(f"--size: {pixels} px is not a multiple of the patch size {patch}")
     return pixels

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.errors import InputError, first_line
 from pretrain.run.durable import write_text
@@ -39,6 +39,13 @@ figcaption { color: #57606a; font-size: 0.9em; max-width: 60ch; }
 WIDTH, GAP = 1180, 6  # pixels of the page, and between pictures
 SMALLEST, LARGEST = 84, 150  # pixels of a picture in a table; where they do not fit, the table scrolls
 Picture = tuple[bytes, str]  # content, and what it shows in words
+
+
+class Table(NamedTuple):
+    """Headings and rows; the first column is text, the others are figures."""
+
+    headings: list[str]
+    rows: list[list[str]]
 
 
 class Page:

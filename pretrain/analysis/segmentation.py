@@ -87,7 +87,7 @@ def fit_segmentation(tokens: Tensor, masks: Tensor, seed: int = 0) -> Pipeline:
     rows, classes = tokens.flatten(0, 2), _patch_labels(masks, *tokens.shape[1:3]).flatten()
     rows, classes = rows[classes != IGNORED], classes[classes != IGNORED]
     if len(classes.unique()) < 2:
-        raise InputError("the masks of the training half show one class only; a probe needs two or more")
+        raise InputError("--masks: those a probe is fitted on show one class only; take more images")
     if len(classes) > ROWS:
         chosen = numpy_stream(seed, "segmentation").permutation(len(classes))[:ROWS]
         rows, classes = rows[chosen], classes[chosen]

@@ -26,7 +26,7 @@ def picture(
         mean: per channel, of pixel / 255, that they were normalised with.
         std: likewise.
         pca: (n, 3, h, w) from 0 to 1.
-        attention: (n, H, h, w); see `heat` for its colours.
+        attention: (n, H, h, w); see `attention_heat` for its colours.
 
     Returns:
         (3, height, width) uint8 on the CPU, for `SummaryWriter.add_image`.
@@ -37,7 +37,7 @@ def picture(
     shown = images.float().cpu() * scale + shift
     if shown.shape[1] != 3:
         shown = shown.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    columns = [shown, pca.float().cpu(), *heat(maps).unbind(1)]
+    columns = [shown, pca.float().cpu(), *attention_heat(maps).unbind(1)]
     return table(columns, titles)
 
 
@@ -49,7 +49,7 @@ def table(columns: Sequence[Tensor], titles: Sequence[str]) -> Tensor:
     return torch.cat([_header(titles, size), torch.cat(cells, dim=2)], dim=1)
 
 
-def heat(maps: Tensor) -> Tensor:
+def attention_heat(maps: Tensor) -> Tensor:
     """Maps (n, H, h, w) as colours (n, H, 3, h, w) from 0 to 1, dark to bright.
 
     Each map runs from 0 to its own maximum, as a square root: a few patches often get nearly all attention,

@@ -1,11 +1,10 @@
-"""How sure a mean of per-image scores is, and whether one probe is better than another on the same images."""
+"""How sure a mean of per-image scores is, and whether one model is better than another on the same images."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from pretrain.errors import InputError
 from pretrain.seeding import numpy_stream
@@ -27,16 +26,6 @@ class Interval:
     mean: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Wins:
-    """Data sets on which one of two is better, and the two-sided p of a sign test."""
-
-    won: int
-    lost: int
-    tied: int  # not counted by the test
-    p: float
 
 
 def bootstrap(
@@ -121,18 +110,6 @@ def permutation_test(left: Floats, right: Floats, seed: int, permutations: int =
         flipped = generator.integers(2, size=shape) if single else generator.binomial(counts, 0.5, size=shape)
         extreme += int((np.abs((2 * flipped - counts) @ kinds) >= observed).sum())
     return (1 + extreme) / (1 + permutations)
-
-
-def sign_test(left: Floats, right: Floats) -> Wins:
-    """Whether one of two modules wins more data sets than by chance, from their scores (n,) on each.
-
-    Raises:
-        InputError: the numbers of scores differ, or there is none.
-    """
-    differences = _differences(left, right)
-    won, lost = int((differences > 0).sum()), int((differences < 0).sum())
-    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return Wins(won, lost, len(differences) - won - lost, p)
 
 
 def _units(scores: Floats, groups: Sequence[Hashable] | None) -> Floats:

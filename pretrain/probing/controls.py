@@ -1,7 +1,7 @@
 """Features of another width with the same content: is a wide place better because it is wide?
 
-The hidden layers of the feed-forward part have four times the channels of all other places. A random
-projection and the leading principal components bring them to D, random features a block's output to 4 D.
+The hidden layers of the feed-forward part have more channels than all other places: 4 D by default. A random
+projection and the leading principal components bring them to D, random features a block's output to theirs.
 """
 
 from dataclasses import dataclass

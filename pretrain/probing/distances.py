@@ -6,20 +6,21 @@ import numpy as np
 import torch
 
 from pretrain.analysis.knn import knn_accuracy
+from pretrain.analysis.page import Table
 from pretrain.analysis.taps import Place
 from pretrain.probing.experiment import Part
 from pretrain.probing.preprocessing import Floats
 from pretrain.probing.shifts import frechet_distance, knn_drop, linear_mmd, proxy_a_distance
 from pretrain.probing.store import Pool
-from pretrain.probing.summary import Table
 from pretrain.seeding import numpy_stream
 
 IMAGES = 2_000  # of each set, drawn: the distances of Gaussians depend on how many there are
 NEIGHBOURS = 20
+FEWEST = 4  # images of a set; of fewer there are no distances
 
 
 def shift_table(fit: Part, tests: Mapping[str, Part], place: Place, pool: Pool, seed: int) -> Table:
-    """A row per test set; the k-NN drop is against the first, the plain one.
+    """A row per test set, without distances where it is too small; the k-NN drop is against the first set.
 
     Args:
         fit: that probes are fitted on.
@@ -40,15 +41,23 @@ def shift_table(fit: Part, tests: Mapping[str, Part], place: Place, pool: Pool, 
         rows.append(
             [
                 name,
-                f"{proxy_a_distance(source, target, seed):.2f}",
-                f"{frechet_distance(source, target):.3g}",
-                f"{linear_mmd(source, target):.3g}",
+                *_distances(source, target, seed),
                 f"{scores[0]:.1f} -> {found:.1f}" if name != next(iter(tests)) else f"{found:.1f}",
                 f"{knn_drop(scores[0], found):.1f}",
             ]
         )
     heads = ["set", "proxy A-distance", "Frechet distance", "linear MMD", "k-NN accuracy %", "k-NN drop"]
     return Table(heads, rows)
+
+
+def _distances(source: Floats, target: Floats, seed: int) -> tuple[str, str, str]:
+    if min(len(source), len(target)) < FEWEST:
+        return "-", "-", "-"
+    return (
+        f"{proxy_a_distance(source, target, seed):.2f}",
+        f"{frechet_distance(source, target):.3g}",
+        f"{linear_mmd(source, target):.3g}",
+    )
 
 
 def _drawn(part: Part, place: Place, pool: Pool, seed: int) -> tuple[Floats, np.ndarray]:

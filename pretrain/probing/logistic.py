@@ -17,17 +17,11 @@ from pretrain.probing.history import History, dot, moved
 
 DECREASE = 1e-4  # share of the predicted decrease that a step must bring (Armijo)
 NOISE = 10  # rounding errors by which the objective may seem to rise
-STATE: tuple[str, ...] = (
-    "weights",
-    "metric",
-    "strength",
-    "loss",
-    "loss_gradient",
-    "value",
-    "gradient",
-)
-STATE += ("length", "iterations", "waited", "best")
 PATIENCE = 300  # evaluations without a smaller gap after which rounding is what is left
+STATE = (  # tensors of a descent, of which each probe has a row; directions and slopes are computed anew
+    *("weights", "metric", "strength", "loss", "loss_gradient", "value", "gradient"),
+    *("length", "iterations", "waited", "best"),
+)
 
 
 class Solution(NamedTuple):

@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 from pretrain.analysis import plots
-from pretrain.analysis.page import Page
+from pretrain.analysis.page import Page, Table
 from pretrain.probing.distances import IMAGES
 from pretrain.probing.rows import Row, best
 from pretrain.probing.summary import (
-    Table,
     answer,
     chosen_table,
     controls_table,

@@ -1,13 +1,13 @@
 """The result of a probing run: one row a probe, appended as it is done, so that nothing is fitted twice."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pretrain.analysis.taps import Place, Point
-from pretrain.errors import InputError
+from pretrain.errors import InputError, first_line
 from pretrain.probing.store import Pool
 
 Protocol = Literal["transfer", "pretrain"]  # fitted on clean images; fitted on the shifted ones (paper)
@@ -35,7 +35,7 @@ class Row:
     control: Control
     width: int  # channels that the probe sees
     solver: Kind
-    chosen: float  # C, or the penalty of ridge, or k of k-NN
+    chosen: float  # C, or k of k-NN
     val: float  # percent, at the chosen one
     val_by_choice: dict[str, float]
     test: dict[str, Score]  # by set; the first is the plain test set where there is one
@@ -75,16 +75,17 @@ class Rows:
             self._read()
 
     def _read(self) -> None:
-        *whole, rest = self.path.read_text().split("\n")
         try:
-            head, *rows = map(json.loads, whole or ["{}"])
+            *whole, rest = self.path.read_text().split("\n")
+            head, *rows = map(json.loads, whole or ['{"asked": {}}'])
+            asked: dict[str, Any] = dict(head["asked"])
             self.rows = [_row(row) for row in rows]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f"{self.path}: is no record of probes ({error}); choose another --out"
+                f"{self.path}: is no record of probes ({first_line(error)}); choose another --out"
             ) from error
-        if self.rows and head.get("asked") != self.asked:
-            changed = [k for k in self.asked if head.get("asked", {}).get(k) != self.asked[k]]
+        if self.rows and asked != self.asked:
+            changed = [name for name in self.asked if asked.get(name) != self.asked[name]]
             what = ", ".join(changed) or "settings"
             raise InputError(f"{self.path}: is of a run with other {what}; choose another --out")
         if rest:  # a line that a killed run left half written
@@ -102,11 +103,6 @@ class Rows:
             self.path.write_text(json.dumps({"asked": self.asked}) + "\n")
         self.rows.append(row)
         self._append(json.dumps(asdict(row), allow_nan=False))
-
-    def missing(self, keys: Iterable[tuple[object, ...]]) -> list[tuple[object, ...]]:
-        """Those that no row has."""
-        done = {row.key for row in self.rows}
-        return [key for key in keys if key not in done]
 
 
 def _row(values: dict[str, Any]) -> Row:

@@ -1,4 +1,4 @@
-"""Which images fit a probe and which choose it, and the choice: never by the images that report it."""
+"""Which images fit a probe and which choose its place: never those that report it."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -19,30 +19,6 @@ class Split:
 
     train: Ints
     validation: Ints
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A probe that may be chosen."""
-
-    block: int
-    module: str
-    strength: float  # C
-    validation: float  # percent
-    test: float  # percent
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The best by validation, and what looking at the test images would have chosen."""
-
-    chosen: Candidate
-    oracle: Candidate  # best on test, as in the paper's table 1: a biased figure
-
-    @property
-    def selection_bias(self) -> float:
-        """Points that choosing on the test images adds."""
-        return self.oracle.test - self.chosen.test
 
 
 def split(
@@ -125,16 +101,3 @@ def check_disjoint(groups_train: Sequence[Hashable], groups_test: Sequence[Hasha
     if shared:
         others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise InputError(f"group {shared[0]!r}{others}: in training and test images; take it out of one")
-
-
-def choose(candidates: Sequence[Candidate]) -> Choice:
-    """The best candidate on validation; of equals the one with the smallest C, then of the earliest block.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not candidates:
-        raise InputError("there is no probe to choose from; fit at least one")
-    ordered = sorted(candidates, key=lambda candidate: (candidate.strength, candidate.block))
-    by_validation = max(ordered, key=lambda candidate: candidate.validation)  # the first of equals
-    return Choice(by_validation, max(ordered, key=lambda candidate: candidate.test))

@@ -35,6 +35,11 @@ class LabelledSet:
     setting: str  # that names them, for messages
     corruption: Corruption | None = None  # at the size of the crop
 
+    @property
+    def folder(self) -> str:
+        """The name as one of a folder: without a colon, which not every system takes."""
+        return self.name.replace(":", "_")
+
     def __len__(self) -> int:
         """Samples; builds missing indexes."""
         return sum(Reader(list_shards(self.patterns, self.setting)).sizes)
@@ -49,14 +54,20 @@ class LabelledSet:
         """The group of each sample, by a key of its .json member."""
         return sample_groups(self.patterns, self.setting, key)
 
-    def key(self, weights: str, preparation: Preparation, places: Sequence[Place]) -> str:
-        """Names features of this set: other files, weights or preparation give another one."""
+    def key(self, model: str, preparation: Preparation, places: Sequence[Place]) -> str:
+        """Names features of this set: other files, another preparation or model give another one.
+
+        Args:
+            model: `model_fingerprint`.
+            preparation: of the images.
+            places: that are read.
+        """
         files = [
             (str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns)
             for shard in list_shards(self.patterns, self.setting)
         ]
         corruption = str(self.corruption) if self.corruption else None
-        content = [weights, files, asdict(preparation), corruption, [str(place) for place in places]]
+        content = [model, files, asdict(preparation), corruption, [str(place) for place in places]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

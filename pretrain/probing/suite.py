@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.analysis.backbone import build_backbone, fingerprint
+from pretrain.analysis.backbone import build_backbone, model_fingerprint
+from pretrain.analysis.page import Table
 from pretrain.analysis.taps import Place
 from pretrain.errors import InputError
 from pretrain.export.weights import Weights
@@ -19,7 +20,6 @@ from pretrain.probing.rows import Protocol, Row, Rows
 from pretrain.probing.selection import check_disjoint, split
 from pretrain.probing.sets import LabelledSet, Preparation
 from pretrain.probing.store import FeatureSet, Pool, extract, open_features
-from pretrain.probing.summary import Table
 
 TEST_SHARE = 0.2  # of a shifted set that is tested on where the rest is fitted on (paper)
 Stage = Callable[[str, int], Callable[[int], None]]  # begins a stage: what, how many; returns what to tell
@@ -44,11 +44,13 @@ class Suite:
     device: str
 
 
-def asked(suite: Suite, weights: str) -> dict[str, Any]:
+def asked(suite: Suite, weights: Weights) -> dict[str, Any]:
     """Everything that rows depend on."""
-    sets = [(s.name, s.key(weights, suite.preparation, suite.places)) for s in (suite.train, *suite.tests)]
+    model = model_fingerprint(weights)
+    sets = [(s.name, s.key(model, suite.preparation, suite.places)) for s in (suite.train, *suite.tests)]
     method = suite.method
     return {
+        "model": model,
         "sets": sets,
         "protocols": list(suite.protocols),
         "places": [str(place) for place in suite.places],
@@ -64,11 +66,10 @@ def asked(suite: Suite, weights: str) -> dict[str, Any]:
 
 def compute_features(suite: Suite, weights: Weights, stage: Stage) -> dict[str, FeatureSet]:
     """Features of all sets by name, from the disk where an earlier run has left them."""
-    name, found = fingerprint(weights.state), {}
-    backbone = None
+    model, found, backbone = model_fingerprint(weights), {}, None
     for images in (suite.train, *suite.tests):
-        folder = suite.out / "features" / images.name.replace(":", "_")
-        key = images.key(name, suite.preparation, suite.places)
+        folder = suite.out / "features" / images.folder
+        key = images.key(model, suite.preparation, suite.places)
         features = open_features(folder, key)
         if features is None:
             backbone = backbone or build_backbone(weights, torch.device(suite.device))
@@ -84,7 +85,7 @@ def build_tasks(suite: Suite, features: dict[str, FeatureSet]) -> list[Task]:
     """What is fitted, chosen and tested on which images.
 
     Raises:
-        InputError: a group is on both sides, or a split leaves a side empty.
+        InputError: a group is on both sides, or a set is too small to be split.
     """
     groups = {
         images.name: images.groups(suite.group_key) if suite.group_key else None
@@ -111,11 +112,10 @@ def _halves(part: Part, share: float, suite: Suite) -> tuple[Part, Part]:
     """The larger and the smaller part, in equal proportions of the classes; groups stay whole."""
     labels = part.labels
     rows = np.arange(len(labels)) if part.rows is None else part.rows
-    halves = split(labels, share, suite.method.seed, part.groups)
-    if not len(halves.train) or not len(halves.validation):
-        raise InputError(
-            f"{part.features.folder.name}: {len(labels)} images cannot be split, one side is empty"
-        )
+    try:
+        halves = split(labels, share, suite.method.seed, part.groups)
+    except InputError as error:
+        raise InputError(f"{part.features.folder.name}: {error}") from error
     return _some(part, rows, halves.train), _some(part, rows, halves.validation)
 
 

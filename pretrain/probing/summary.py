@@ -2,17 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from pretrain.analysis.page import Table
 from pretrain.analysis.taps import POINTS, Point
 from pretrain.probing.rows import Row, Score, best, oracle
-
-
-class Table(NamedTuple):
-    """Headings and rows; the first column is text, the others are figures."""
-
-    headings: list[str]
-    rows: list[list[str]]
 
 
 def tasks(rows: Sequence[Row]) -> list[tuple[str, str]]:

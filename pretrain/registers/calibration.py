@@ -34,7 +34,7 @@ class Calibration:
     var: Tensor  # (L, T, D) divided by n
     bank: Tensor  # (m, L, 1 + R + BANK_PATCHES, D) tokens of m of the images: prefix, then random patches
     keys: tuple[str, ...]  # of the n images
-    weights: str  # `fingerprint`
+    weights: str  # `model_fingerprint`
     preprocessing: str  # in words
 
     @property
@@ -66,7 +66,7 @@ def calibrate(
     Args:
         backbone: on any device.
         batches: of the calibration images.
-        weights: `fingerprint`.
+        weights: `model_fingerprint`.
         words: `preprocessing`.
         bank_images: whole examples kept, the first ones.
         seed: of the patches kept.
@@ -143,7 +143,7 @@ def load(path: Path, weights: str, words: str, evaluated: Collection[str]) -> Ca
 
     Args:
         path: of the file.
-        weights: `fingerprint` of the model.
+        weights: `model_fingerprint` of the model.
         words: `preprocessing` of the images.
         evaluated: keys of images that must not be among the calibration's.
 
@@ -152,6 +152,8 @@ def load(path: Path, weights: str, words: str, evaluated: Collection[str]) -> Ca
     """
     try:
         metadata, tensors = map_safetensors(path)
+        if metadata["calibration"] != FORMAT:
+            raise ValueError(f"its format is {metadata['calibration']}, this code reads {FORMAT}")
         found = Calibration(
             tensors["mean"],
             tensors["var"],
@@ -160,10 +162,11 @@ def load(path: Path, weights: str, words: str, evaluated: Collection[str]) -> Ca
             metadata["weights"],
             metadata["preprocessing"],
         )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: is no calibration ({first_line(error)}); name a file to make") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        fault = f"is no calibration ({first_line(error)})"
+        raise InputError(f"{path}: {fault}; name a file that is not there: it is made") from error
     if found.weights != weights:
-        raise InputError(f"{path}: was made with other weights; name another file for these")
+        raise InputError(f"{path}: was made with another model; name another file for this one")
     if found.preprocessing != words:
         raise InputError(f"{path}: was made with {found.preprocessing}, not {words}; name another file")
     shared = set(found.keys) & set(evaluated)

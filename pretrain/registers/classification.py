@@ -23,7 +23,12 @@ def probe_hits(probe: Pipeline, features: Tensor, labels: Tensor) -> Tensor:
 
 
 def recall_at_one(features: Tensor, labels: Tensor) -> Tensor:
-    """100 where the most similar other image has the same label, else 0: (m, D), (m,) to (m,) fp64."""
+    """100 where the most similar other image has the same label, else 0: (m, D), (m,) to (m,) fp64.
+
+    NaN where there is no other image.
+    """
+    if len(features) == 1:
+        return torch.full((1,), torch.nan, dtype=torch.float64)
     rows, nearest = normalize(features.float(), dim=-1), []
     for start in range(0, len(rows), ROWS):
         similarity = rows[start : start + ROWS] @ rows.T

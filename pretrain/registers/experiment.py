@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pretrain.analysis.backbone import build_backbone, fingerprint
+from pretrain.analysis.backbone import build_backbone, model_fingerprint
 from pretrain.analysis.images import ImageSet
 from pretrain.config.derived import prefix_tokens, vit_shape
 from pretrain.errors import InputError
@@ -120,7 +120,7 @@ def _calibrated(
     stage: Stage,
 ) -> Calibration:
     """That of the file, or of images that are evaluated nowhere, byte for byte."""
-    name, words, file = fingerprint(weights.state), preprocessing(images), order.calibration_file
+    name, words, file = model_fingerprint(weights), preprocessing(images), order.calibration_file
     evaluated = samples.keys(images, [*split.test, *split.train])
     if file is not None and file.exists():
         return load(file, name, words, evaluated)

@@ -82,4 +82,7 @@ def _finding(tokens: str, losses: list[_Loss]) -> Finding | None:
 def _zero(losses: list[_Loss]) -> str:
     """What zeros do beside that."""
     zeros = [loss for loss in losses if loss.mode == "zero"]
-    return f"; zeros at worst {str(min(zeros, key=lambda loss: loss.points.mean))[5:]}" if zeros else ""
+    if not zeros:
+        return ""
+    worst = min(zeros, key=lambda loss: loss.points.mean)
+    return f"; zeros at worst {str(worst).removeprefix('zero ')}"

@@ -1,19 +1,16 @@
 """The report of an experiment: one HTML file for someone who did not run it, figures beside."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from pretrain.analysis import plots
-from pretrain.analysis.page import Page
-from pretrain.errors import InputError, first_line
+from pretrain.analysis.page import Page, write_figures
 from pretrain.registers.document import experiment_document
 from pretrain.registers.experiment import Experiment
 from pretrain.registers.findings import PLAUSIBLE, WITHIN, findings
 from pretrain.registers.pictures import picture_table
-from pretrain.registers.results import Result
-from pretrain.registers.tables import Table, block_table, effect_table, summary_table, task_table
-from pretrain.run.durable import write_text
+from pretrain.registers.results import Effect, Result
+from pretrain.registers.tables import block_table, effect_table, summary_table, task_table
 
 TONES = {"needed": "bad", "not needed": "good", "undecided": "doubtful"}
 QUESTION = (
@@ -54,11 +51,6 @@ CAVEATS = (
 )
 
 
-def figures_path(path: Path) -> Path:
-    """Where the figures of a report go; not NAME.json, which belongs to weights of that name."""
-    return path.with_suffix(".figures.json")
-
-
 def write_report(path: Path, experiment: Experiment, title: str, facts: Mapping[str, str]) -> None:
     """Write the page, and the figures beside it.
 
@@ -66,11 +58,7 @@ def write_report(path: Path, experiment: Experiment, title: str, facts: Mapping[
         InputError: a file cannot be written.
     """
     report_page(experiment, title, facts).write(path)
-    beside = figures_path(path)
-    try:
-        write_text(beside, json.dumps(experiment_document(experiment), indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{beside}: cannot be written ({first_line(error)})") from error
+    write_figures(path, experiment_document(experiment))
 
 
 def report_page(experiment: Experiment, title: str, facts: Mapping[str, str]) -> Page:
@@ -81,10 +69,10 @@ def report_page(experiment: Experiment, title: str, facts: Mapping[str, str]) ->
     for condition in experiment.left_out:
         page.verdict(f"{condition}: left out, the model has no registers")
     page.section("Result", f"Of {result.images} images. A star: p below 5 %, each cell for itself.")
-    _table(page, summary_table(result))
+    page.table(*summary_table(result))
     page.section("Task by task", "Differences to the full model in points, paired by image.")
     for task in result.scores:
-        _table(page, task_table(task, result))
+        page.table(*task_table(task, result))
     _inside(page, result)
     if experiment.pictured is not None:
         page.section("Pictures", "The three main components of the full model's output patches as colours.")
@@ -93,10 +81,6 @@ def report_page(experiment: Experiment, title: str, facts: Mapping[str, str]) ->
     page.facts(facts)
     page.section("How to read this", *CAVEATS)
     return page
-
-
-def _table(page: Page, table: Table) -> None:
-    page.table(table.headings, table.rows)
 
 
 def _inside(page: Page, result: Result) -> None:
@@ -109,10 +93,14 @@ def _inside(page: Page, result: Result) -> None:
         "it. On it: percent of attention on the set at the last block, of the full model to that of "
         "the condition.",
     )
-    _table(page, effect_table(result))
+    page.table(*effect_table(result))
     effects = {name: effect for name, effect in result.effects.items() if effect.attention}
-    if not effects:
-        return
+    if effects:
+        _attention(page, effects)
+
+
+def _attention(page: Page, effects: Mapping[str, Effect]) -> None:
+    """How far it moves, a plot for each set of tokens; what it has on each set; the figures by block."""
     for tokens in dict.fromkeys(name.rpartition(":")[0] for name in effects):
         curves = {
             name: effect.attention["divergence"]
@@ -129,4 +117,4 @@ def _inside(page: Page, result: Result) -> None:
         masses[f"patches on {tokens}"] = [100 * share for share in effect.attention["patch_full"]]
     plot = plots.lines(masses, "block", "attention, %")
     page.figure((plot, "attention on each set by block"), "Attention of the full model on each set.")
-    _table(page, block_table(effects, "divergence"))
+    page.table(*block_table(effects, "divergence"))

@@ -2,20 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
+from pretrain.analysis.page import Table
 from pretrain.analysis.uncertainty import Interval
 from pretrain.registers.looks import FULL
 from pretrain.registers.results import Effect, Result, Score
 
 ALPHA = 0.05  # below it a p-value gets a star, each for itself
-
-
-class Table(NamedTuple):
-    """Headings and rows; the first column is text, the others are figures."""
-
-    headings: list[str]
-    rows: list[list[str]]
 
 
 def summary_table(result: Result) -> Table:

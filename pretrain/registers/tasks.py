@@ -139,7 +139,7 @@ def segmentation(
         advance: told of images.
 
     Raises:
-        InputError: a mask cannot be used, or shows one class only.
+        InputError: a mask cannot be used, the masks show one class only, or all images are damaged.
     """
     scores: Scores = {"segmentation, fixed": {}, "segmentation, refit": {}}
     fixed = None
@@ -173,4 +173,6 @@ def _patches(
         tokens.append(found.float().cpu().unflatten(1, (side, side)))
         read.append(read_masks(masks, images, batch.indices))
         advance(len(batch.keys))
+    if not tokens:
+        raise InputError(f"--images: all that are wanted are damaged, as {images.damaged[0]}")
     return torch.cat(tokens), torch.cat(read)

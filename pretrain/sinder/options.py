@@ -3,18 +3,18 @@
 import argparse
 from pathlib import Path
 
-import torch
-
+from pretrain.analysis.options import IMAGES, WEIGHTS, add_model_options, add_report_options, check_counts
 from pretrain.analysis.page import check_page
-from pretrain.analysis.scaling import add_scaling
 from pretrain.command_line import Parser
-from pretrain.errors import InputError
 from pretrain.sinder.registers_file import RegistersOrder
 from pretrain.sinder.repair import RepairSettings
 from pretrain.sinder.repair_file import RepairOrder
 
 DEFAULTS, METHOD, REGISTERS = RepairOrder(Path()), RepairSettings(), RegistersOrder(Path())
-COUNTS = ("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least")
+COUNTS = (
+    *("size", "batch_size", "number", "window", "max_images", "check_every", "held_out"),
+    *("limit_layers", "least"),
+)
 
 
 def parse(arguments: list[str], description: str) -> argparse.Namespace:
@@ -23,18 +23,18 @@ def parse(arguments: list[str], description: str) -> argparse.Namespace:
     parser = Parser(prog="sinder.py", description=description, formatter_class=raw, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     verb = verbs.add_parser("diagnose", help="are there defects, where, and how many", allow_abbrev=False)
-    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
-    verb.add_argument("--images", metavar="SRC", help="a folder, or a pattern of shards")
+    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help=WEIGHTS)
+    verb.add_argument("--images", metavar="SRC", help=IMAGES)
     verb.add_argument("--number", type=int, default=16, help="images to look at; default 16")
     verb.add_argument("--biases", action="store_true", help="predict with biases too (homogeneous variant)")
     verb.add_argument("--json", action="store_true", help="print JSON")
     _add_common(verb)
     verb = verbs.add_parser("repair", help="train singular values until they are gone", allow_abbrev=False)
-    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
+    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help=WEIGHTS)
     _add_repair(verb)
     _add_common(verb)
     verb = verbs.add_parser("registers", help="a test-time register instead of a repair", allow_abbrev=False)
-    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help="weights of any known format")
+    verb.add_argument("sources", metavar="CKPT", type=Path, nargs=1, help=WEIGHTS)
     _add_registers(verb)
     _add_common(verb)
     verb = verbs.add_parser("compare", help="copies of one model on the same images", allow_abbrev=False)
@@ -44,20 +44,13 @@ def parse(arguments: list[str], description: str) -> argparse.Namespace:
 
 
 def _add_common(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--report", metavar="FILE.html", type=Path, help="a page with plots and pictures")
-    verb.add_argument("--force", action="store_true", help="replace files that are there")
-    verb.add_argument("--size", type=int, help="pixels of the images; default: those of the position grid")
-    add_scaling(verb)
-    verb.add_argument("--batch-size", type=int, default=8, help="images at once; default 8")
-    verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    verb.add_argument("--num-heads", type=int, help="attention heads, where the weights do not tell")
-    verb.add_argument("--branch", metavar="NAME", help="student or teacher, where there are both")
-    verb.add_argument("--seed", type=int, default=0, help="of the order of the images; default 0")
+    add_report_options(verb)
+    add_model_options(verb, "of the order of the images")
 
 
 def _add_compare(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("sources", metavar="CKPT", type=Path, nargs="+", help="the original, then copies")
-    verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
+    verb.add_argument("--images", metavar="SRC", required=True, help=IMAGES)
     verb.add_argument("--number", type=int, default=16, help="images to look at; default 16")
     verb.add_argument("--json", action="store_true", help="print JSON")
     verb.add_argument("--masks", metavar="DIR", type=Path, help="NAME.png of classes for each image")
@@ -66,7 +59,7 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_repair(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
+    verb.add_argument("--images", metavar="SRC", required=True, help=IMAGES)
     verb.add_argument("--out", type=Path, required=True, help="where the repaired weights go")
     verb.add_argument("--log", metavar="DIR", type=Path, help="a new folder, for TensorBoard")
     criterion = METHOD.criterion
@@ -88,7 +81,7 @@ def _add_repair(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_registers(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--images", metavar="SRC", required=True, help="a folder, or a pattern of shards")
+    verb.add_argument("--images", metavar="SRC", required=True, help=IMAGES)
     verb.add_argument("--out", type=Path, required=True, help="where the export goes: *.safetensors")
     verb.add_argument("--hook", type=Path, metavar="FILE.py", help="also write a hook for transformers")
     verb.add_argument("--neurons", type=int, help="how many; default: the fewest of a ladder that do")
@@ -105,8 +98,6 @@ def _add_registers(verb: argparse.ArgumentParser) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse what can be refused before anything is read."""
-    for name in COUNTS:
-        if getattr(options, name, 1) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    check_counts(options, COUNTS)
     if options.report:
         check_page(options.report, options.force)

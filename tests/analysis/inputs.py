@@ -1,6 +1,5 @@
 """Small models and images for the tools."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,6 @@ from pretrain.config.schema import ModelConfig
 from pretrain.export import write_export
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
-from tests.small import small_config
-
-
-def small_model(**changes) -> ModelConfig:
-    return replace(small_config().model, **changes)
 
 
 def write_model(path: Path, model: ModelConfig, seed: int = 0) -> Path:

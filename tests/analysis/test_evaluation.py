@@ -14,9 +14,10 @@ from pretrain.analysis.evaluation_report import Subject, score_rows
 from pretrain.analysis.view import View
 from pretrain.data.writer import PackedSample, write_shards
 from pretrain.errors import InputError
-from tests.analysis.inputs import scenes, small_model, write_model
+from tests.analysis.inputs import scenes, write_model
 from tests.analysis.test_page import pictures_of, stands_alone
 from tests.scripts import TOOLS, load, runner
+from tests.small import small_model
 
 SIDE = 32
 
@@ -135,6 +136,10 @@ def test_alignment_and_segmentation_see_what_features_show():
     assert scores["attention, pointing game"] == 100 > scores["attention, energy inside"] > 20
     good, bad = (segmentation_scores(looked(masks, noise), masks)[0] for noise in (0.1, 50.0))
     assert good.low <= good.value <= good.high and good.value > 2 * bad.value
+    unseen = masks.clone()
+    unseen[4:] = 255
+    with pytest.raises(InputError, match="in the half that is scored all is ignored"):
+        segmentation_scores(looked(masks, 0.1), unseen)
     with pytest.raises(InputError, match="alignment needs an object"):
         alignment_scores(looked(masks, 0.1), torch.zeros_like(masks))
 
@@ -166,6 +171,7 @@ def test_wrong_input_is_one_line(data, models, evaluate, tmp_path):
         (("--number", 1), "needs two or more images"),
         (("--number", 25), "holds 24, 25 are asked for"),
         (("--epochs", 0), "--epochs: must be at least 1"),
+        (("--device", "meta"), "argument --device: meta: this machine, or its torch, has no such device"),
         (("--size", 30), "not a multiple of the patch size 8"),
         (("--size", 64), "does not fit a shorter side of 32"),
         (("--train", tmp_path / "no-*.tar"), "--train"),

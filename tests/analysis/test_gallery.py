@@ -15,9 +15,10 @@ from pretrain.analysis.view import View, view
 from pretrain.errors import InputError
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
-from tests.analysis.inputs import scenes, small_model, write_model
+from tests.analysis.inputs import scenes, write_model
 from tests.analysis.test_page import pictures_of, stands_alone
 from tests.scripts import runner
+from tests.small import small_model
 
 
 @pytest.fixture
@@ -96,6 +97,16 @@ def test_the_tool_writes_a_sheet_and_a_page(photos, visualize, tmp_path):
         assert visualize(one, "--images", photos, "--number", 3, "--out", tmp_path / name).status == 0
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.html").exists()
     assert not (tmp_path / "a.html").exists() and not (tmp_path / "b.png").exists()
+    twice = visualize(one, one, "--images", photos, "--number", 1, "--out", tmp_path / "twice.html")
+    assert twice.status == 0, twice.err  # a model beside itself shows the same
+    first, second = json.loads((tmp_path / "twice.figures.json").read_text())[
+        "outlier_percent_by_block"
+    ].items()
+    assert (first[0], second[0]) == (f"{one}", f"{one} (2)") and first[1] == second[1]
+    for block, said in ((-2, "of block -2"), (-1, "of the last block"), (1, "of block 1")):
+        page = tmp_path / f"block{block}.html"
+        assert visualize(one, "--images", photos, "--number", 1, "--out", page, "--block", block).status == 0
+        assert json.loads(page.with_suffix(".figures.json").read_text())["attention"] == said
 
 
 def test_wrong_input_is_one_line(photos, visualize, tmp_path):

@@ -18,7 +18,7 @@ from pretrain.errors import InputError
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
 from pretrain.seeding import torch_stream
-from tests.analysis.inputs import small_model
+from tests.small import small_model
 
 SHORT = ProbeSettings(rates=(0.01, 0.3, 3.0), epochs=3, least_steps=0, batch_size=16, seed=5)
 

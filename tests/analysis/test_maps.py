@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.analysis.maps import PatchPca, cls_attention
 from pretrain.analysis.samples import first_images
-from pretrain.analysis.sheet import CELL, GAP, HEADER, HEADS, heat, picture
+from pretrain.analysis.sheet import CELL, GAP, HEADER, HEADS, attention_heat, picture
 from pretrain.data.writer import PackedSample, write_shards
 from pretrain.errors import InputError
 from pretrain.models.init import init_weights
@@ -203,10 +203,10 @@ def test_large_images_keep_their_size_and_heads_are_few() -> None:
 
 def test_brighter_means_more_attention() -> None:
     shares = torch.tensor([0.0, 0.01, 0.1, 0.3, 1.0]).view(1, 1, 1, 5)
-    brightness = heat(shares).sum(2).flatten()
+    brightness = attention_heat(shares).sum(2).flatten()
     assert (brightness.diff() > 0).all()
-    torch.testing.assert_close(heat(shares), heat(shares * 0.2))
-    assert heat(torch.zeros(1, 1, 2, 2)).isfinite().all()
+    torch.testing.assert_close(attention_heat(shares), attention_heat(shares * 0.2))
+    assert attention_heat(torch.zeros(1, 1, 2, 2)).isfinite().all()
 
 
 def test_first_images_need_no_label(tmp_path: Path) -> None:

@@ -18,9 +18,8 @@ from pretrain.export.weights import read_weights
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
 from pretrain.start import run_facts
-from tests.analysis.inputs import small_model
 from tests.scripts import runner
-from tests.small import small_config
+from tests.small import small_config, small_model
 
 GREY = Scaling([0.4], [0.2], [1000, 3000])
 

@@ -7,20 +7,11 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from pretrain.analysis.taps import POINTS, SCALED, Place, places, pool, pooled_features, tapped, width
-from pretrain.config.schema import ModelConfig
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
+from tests.small import small_model
 
-PLAIN = ModelConfig(
-    arch="custom",
-    embed_dim=32,
-    depth=3,
-    num_heads=4,
-    patch_size=8,
-    img_size=32,
-    layer_scale=0.5,
-    drop_path_rate=0.0,
-)
+PLAIN = small_model(embed_dim=32, depth=3, num_heads=4, layer_scale=0.5)
 MODELS = {
     "mlp": PLAIN,
     "swiglu-registers": replace(PLAIN, ffn_layer="swiglu", num_register_tokens=4),

@@ -12,7 +12,6 @@ from pretrain.analysis.uncertainty import (
     bootstrap_difference,
     bootstrap_statistic,
     permutation_test,
-    sign_test,
 )
 from pretrain.errors import InputError
 
@@ -94,13 +93,6 @@ def test_right_and_wrong_answers_give_mcnemars_exact_test() -> None:
     right = np.array([0.0] * 40 + [1] * 22 + [1] * 300)
     exact = 2 * binom.sf(39, 62, 0.5)
     assert permutation_test(left, right, 0) == pytest.approx(exact, abs=0.005)
-
-
-def test_wins_are_counted_without_ties() -> None:
-    found = sign_test(np.array([3.0, 2, 5, 6, 7, 1, 4, 9]), np.array([1.0, 1, 4, 5, 6, 2, 4, 8]))
-    assert (found.won, found.lost, found.tied) == (6, 1, 1)
-    assert found.p == pytest.approx(2 * 8 / 2**7)
-    assert sign_test(np.ones(3), np.ones(3)).p == 1
 
 
 def test_scores_that_do_not_pair_are_one_line() -> None:

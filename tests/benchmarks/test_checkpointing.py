@@ -4,34 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.running import benchmark
+from tests.benchmarks.running import ROOT, benchmark
 
-ROOT = Path(__file__).parents[2]
+TOY = "--sizes tiny --precisions fp32 --batch 2 --prototypes 64 --repeats 1 --device cpu"
 MODES = {"none", "selective", "full"}
 
 
 def test_the_modes_agree_and_the_figures_are_there() -> None:
-    run = benchmark(
-        "checkpointing",
-        *[
-            "--sizes",
-            "tiny",
-            "--precisions",
-            "fp32",
-            "--batch",
-            "2",
-            "--prototypes",
-            "64",
-            "--repeats",
-            "1",
-            "--device",
-            "cpu",
-        ],
-    )
+    run = benchmark("checkpointing", *TOY.split())
     assert run.returncode == 0, run.stderr
     case = json.loads(run.stdout.splitlines()[-1])["cases"]["tiny fp32"]
     assert case["largest_relative_difference_of_losses"] < 1e-6

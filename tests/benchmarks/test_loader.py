@@ -58,4 +58,4 @@ def test_it_says_whether_the_plain_side_is_the_reference(output: list[str]) -> N
 def test_wrong_input_is_refused() -> None:
     run = benchmark("loader", "--images", "7", "--batch", "3")
     assert run.returncode == 2
-    assert "--images a multiple" in run.stderr and "Traceback" not in run.stderr
+    assert "--images: 7 is not a multiple of --batch=3" in run.stderr and "Traceback" not in run.stderr

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from tests.analysis.inputs import small_model, write_model
+from tests.analysis.inputs import write_model
 from tests.benchmarks.running import benchmark
+from tests.small import small_model
 
 
 def test_both_solvers_fit_every_place_alike(shards: Path, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.benchmarks.running import ROOT
+
 ENOUGH = {"torch", "numpy", "omegaconf", "pyyaml"}
 IMPORT_NAMES = {"opencv-python-headless": "cv2", "scikit-learn": "sklearn", "pillow": "PIL"}
 TOY = "--arch tiny --batch 2 --prototypes 256 --repeats 1 --device cpu"

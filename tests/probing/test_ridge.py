@@ -1,4 +1,4 @@
-"""Ridge classifiers against scikit-learn and the normal equations, leaving one out against doing it."""
+"""Ridge classifiers against scikit-learn and the normal equations."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from sklearn.linear_model import RidgeClassifier
 
 from pretrain.probing.linear import predictions
 from pretrain.probing.preprocessing import from_array
-from pretrain.probing.ridge import best_by_leave_one_out, decompose, fit_ridge, leave_one_out
+from pretrain.probing.ridge import decompose
 from pretrain.probing.solvers import Solver, fit_probes
 from tests.probing.problems import problem
 
@@ -27,22 +27,6 @@ def test_it_solves_the_normal_equations_and_predicts_as_scikit_learn(shape) -> N
         moved = from_array(test.read() + 3.0)
         reference = RidgeClassifier(alpha=alpha).fit(rows, labels)
         assert np.array_equal(predictions([probe], moved)[0], reference.predict(moved.read()))
-
-
-@pytest.mark.parametrize("shape", [WIDE, TALL])
-def test_leaving_one_out_is_that_of_as_many_fits(shape) -> None:
-    train, labels, _, _ = problem(*shape, 4)
-    rows, strengths = train.read()[:60], [1e-2, 10.0]
-    labels = labels[:60]
-    found = leave_one_out(rows, labels, strengths)
-    for image in range(60):
-        others = np.arange(60) != image
-        probes = fit_ridge(from_array(rows[others]), labels[others], np.arange(4), strengths)
-        assert [int(probe.scores(rows[image]).argmax()) for probe in probes] == found[:, image].tolist()
-    assert len(np.unique(found, axis=0)) == 2
-    best, percent = best_by_leave_one_out(rows, labels, strengths)
-    right = dict(zip(strengths, 100 * (found == labels).mean(axis=1), strict=True))
-    assert percent == max(right.values()) == right[best]
 
 
 def test_directions_without_variance_are_left_out() -> None:

@@ -1,10 +1,10 @@
-"""Splits are repeatable, in proportion and keep groups whole; a choice looks at validation alone."""
+"""Splits are repeatable, in proportion and keep groups whole."""
 
 import numpy as np
 import pytest
 
 from pretrain.errors import InputError
-from pretrain.probing.selection import Candidate, check_disjoint, choose, split
+from pretrain.probing.selection import check_disjoint, split
 
 LABELS = np.random.default_rng(0).choice(5, size=1003, p=[0.5, 0.3, 0.1, 0.09, 0.01])
 
@@ -68,18 +68,3 @@ def test_what_cannot_be_split_is_one_line() -> None:
         split(LABELS, 1.0, 0)
     with pytest.raises(InputError, match="3 groups for 1003 labels"):
         split(LABELS, 0.5, 0, [1, 2, 3])
-
-
-def test_the_choice_ignores_the_test() -> None:
-    candidates = [
-        Candidate(11, "RC2", 1.0, validation=80.0, test=70.0),
-        Candidate(7, "Act", 10.0, validation=82.0, test=71.0),
-        Candidate(7, "Act", 1.0, validation=82.0, test=69.5),
-        Candidate(6, "Act", 1.0, validation=79.0, test=74.0),
-    ]
-    found = choose(candidates)
-    assert found.chosen == candidates[2] and found.oracle == candidates[3]
-    assert found.selection_bias == pytest.approx(4.5)
-    assert choose(candidates[::-1]) == found
-    with pytest.raises(InputError, match="no probe"):
-        choose([])

@@ -13,27 +13,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.analysis.taps import Place, places, pooled_features
-from pretrain.config.schema import ModelConfig
 from pretrain.data.writer import PackedSample, write_shards
 from pretrain.export import write_export
-from pretrain.models.init import init_weights
-from pretrain.models.vit import VisionTransformer
 from pretrain.probing import suite
 from pretrain.probing.store import open_features
 from tests.analysis.test_page import pictures_of, stands_alone
 from tests.scripts import runner
+from tests.small import random_backbone, small_model
 
-MODEL = ModelConfig(
-    arch="custom",
-    embed_dim=24,
-    depth=2,
-    num_heads=2,
-    patch_size=8,
-    img_size=24,
-    layer_scale=None,
-    drop_path_rate=0.0,
-    num_register_tokens=2,
-)
+MODEL = small_model(img_size=24, layer_scale=None, num_register_tokens=2)
 
 
 @pytest.fixture
@@ -41,14 +29,8 @@ def probe(capsys, monkeypatch):
     return runner("probe", capsys, monkeypatch)
 
 
-def backbone(model=MODEL):
-    built = VisionTransformer(model, "math").eval()
-    init_weights(built, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return built
+def write_model(path, model=MODEL):
+    return write_export(path, random_backbone(model, 0.1).state_dict(), model, {})
 
 
 def picture(label: int, number: int) -> bytes:
@@ -64,7 +46,7 @@ def picture(label: int, number: int) -> bytes:
 def data(tmp_path_factory):
     """Weights, and shards of three classes with a patient for each pair of images."""
     folder = tmp_path_factory.mktemp("probing")
-    write_export(folder / "vit.safetensors", backbone().state_dict(), MODEL, {})
+    write_model(folder / "vit.safetensors")
     for name, start, number in (("train", 0, 90), ("test", 500, 45), ("other", 900, 60)):
         samples = [
             PackedSample(
@@ -137,7 +119,7 @@ def test_features_on_the_disk_are_those_of_the_model(data, probe, tmp_path):
     resized = [np.asarray(Image.fromarray(p).resize((16, 16), Image.Resampling.BICUBIC)) for p in pixels]
     images = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    expected = pooled_features(backbone(), (images - mean) / std, places(MODEL))
+    expected = pooled_features(random_backbone(MODEL, 0.1), (images - mean) / std, places(MODEL))
     for place, pooled in expected.items():
         cls, patches = (found.features(place, pool, np.arange(4)).read() for pool in ("cls", "patch_mean"))
         np.testing.assert_allclose(cls, pooled.cls, atol=1e-5)
@@ -209,20 +191,23 @@ def test_every_solver_tells_three_colours_apart(solver, data, probe, tmp_path):
 
 
 def test_wrong_input_is_one_line(data, probe, tmp_path):
-    other = replace(MODEL, in_channels=1)
-    write_export(tmp_path / "grey.safetensors", backbone(other).state_dict(), other, {})
+    write_model(tmp_path / "grey.safetensors", replace(MODEL, in_channels=1))
     base = command(data, tmp_path / "out")
     for arguments, words in (
         ((*base, "--blocks", 7), "--blocks: 7 must be from 0 to 1"),
         ((*base, "--points", "MHA_LS"), "the model has none of MHA_LS"),
         ((*base, "--corrupt", "rain:3"), "rain"),
         ((*base, "--corrupt", "fog:3", "fog:3"), "fog:3 is there twice"),
+        ((*base, "--shift", "fog_3=x.tar", "--corrupt", "fog:3"), "fog_3 is there twice"),  # one folder
         ((*base, "--shift", "a/b=x.tar"), "must be NAME=SHARDS"),
         ((*base, "--shift", "x=none.tar"), "none.tar"),
         ((*base, "--protocol", "pretrain"), "give --shift or --corrupt"),
         ((*base, "--val-share", 1), "--val-share: 1 must be between 0 and 1"),
         ((*base, "--size", 20), "not a multiple of the patch size 8"),
+        ((*base, "--size", 0), "--size: must be at least 1"),
+        ((*base, "--device", "nowhere"), "nowhere: this machine, or its torch, has no such device"),
         ((*base, "--C", 0), "above 0"),
+        ((*base, "--C", "nan"), "--C: must be above 0 and finite"),
         ((*base, "--group-key", "hospital"), "has no 'hospital' in a .json member"),
         ((tmp_path / "grey.safetensors", *base[1:]), "takes 1 channels"),
         ((tmp_path / "missing.pth", *base[1:]), "missing.pth"),
@@ -236,3 +221,37 @@ def test_other_settings_are_refused_for_the_same_folder(data, probe, tmp_path):
     assert probe(*command(data, tmp_path, *few))[0] == 0
     status, _, err = probe(*command(data, tmp_path, *few, "--seed", 3))
     assert status == 2 and "is of a run with other sets, seed; choose another --out" in err
+
+
+def test_a_model_that_computes_something_else_from_the_same_tensors_is_another_one(data, probe, tmp_path):
+    few = ("--blocks", 0, "--points", "LN1")
+    assert probe(*command(data, tmp_path, *few))[0] == 0
+    registers = write_model(tmp_path / "registers.safetensors", replace(MODEL, register_neurons=[[0, 3]]))
+    _, *rest = command(data, tmp_path, *few)
+    for arguments in ((registers, *rest), (*command(data, tmp_path, *few), "--num-heads", 3)):
+        status, _, err = probe(*arguments)
+        assert status == 2 and "is of a run with other model, sets; choose another --out" in err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"[1]\n{}\n", b'{"asked": 3}\n', b'{"asked": {}}\n[1]\n'])
+def test_what_is_no_record_of_probes_is_left_alone(content, data, probe, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    status, _, err = probe(*command(data, tmp_path))
+    assert status == 2 and "rows.jsonl: is no record of probes" in err and err.count("\n") == 1
+    assert (tmp_path / "rows.jsonl").read_bytes() == content
+
+
+def test_a_set_that_is_too_small_to_be_split_is_named(data, probe, tmp_path):
+    samples = [PackedSample(f"{i}", "png", picture(i, i), i, {}) for i in range(3)]
+    write_shards(samples, tmp_path, "few", 9)
+    command_of_few = (
+        *command(data, tmp_path / "out", "--blocks", 0, "--points", "RC2"),
+        *("--shift", f"few={tmp_path / 'few-*.tar'}", "--protocol", "pretrain"),
+    )
+    status, _, err = probe(*command_of_few)
+    assert status == 2 and "few: 3 images: too few images for 20% validation" in err
+    transfer = (*command_of_few[:-1], "transfer")  # it can be tested on, but lies nowhere
+    status, _, err = probe(*transfer)
+    assert status == 0, err
+    shifts = json.loads((tmp_path / "out" / "report.figures.json").read_text())["shifts"]
+    assert [row["set"] for row in shifts] == ["test", "few"] and shifts[1]["Frechet distance"] == "-"

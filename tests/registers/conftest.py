@@ -6,41 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from pretrain.analysis.images import ImageSet
 from pretrain.config.schema import ModelConfig
 from pretrain.export import write_export
-from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
 from pretrain.registers.calibration import Calibration, calibrate
 from pretrain.registers.samples import Batch, batches
 from tests.scripts import Done, runner
+from tests.small import random_backbone, small_model
 
-MODEL = ModelConfig(
-    arch="custom",
-    embed_dim=32,
-    depth=3,
-    num_heads=4,
-    patch_size=8,
-    img_size=32,
-    layer_scale=1.0,
-    drop_path_rate=0.0,
-    num_register_tokens=4,
-)
+MODEL = small_model(embed_dim=32, depth=3, num_heads=4, num_register_tokens=4)
 PLAIN = replace(MODEL, num_register_tokens=0)
 
 
-def random_backbone(model: ModelConfig) -> VisionTransformer:
+def backbone_of(model: ModelConfig) -> VisionTransformer:
     """Weights under which tokens attend to each other and to what they are about."""
-    backbone = VisionTransformer(model, "math").eval()
-    init_weights(backbone, 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return backbone.requires_grad_(False)
+    return random_backbone(model, 0.2)
 
 
 def write_images(folder: Path, classes: int, each: int) -> Path:
@@ -75,7 +58,7 @@ def batch(image_set: ImageSet) -> Batch:
 
 @pytest.fixture(scope="session")
 def backbone() -> VisionTransformer:
-    return random_backbone(MODEL)
+    return backbone_of(MODEL)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +74,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("weights")
     models = {"registers": MODEL, "plain": PLAIN}
     return {
-        name: write_export(folder / f"{name}.safetensors", random_backbone(model).state_dict(), model, {})
+        name: write_export(folder / f"{name}.safetensors", backbone_of(model).state_dict(), model, {})
         for name, model in models.items()
     }
 

@@ -9,6 +9,7 @@ import torch
 from pretrain.analysis.images import ImageSet
 from pretrain.analysis.taps import Place, tapped
 from pretrain.errors import InputError
+from pretrain.export.own import map_safetensors, write_tensors
 from pretrain.registers.calibration import calibrate, load, preprocessing, save
 from pretrain.registers.conditions import BANK_PATCHES, random_patches
 from pretrain.registers.moments import Moments
@@ -55,12 +56,20 @@ def test_a_file_is_refused_with_anything_else(calibration, tmp_path):
     assert found.keys == calibration.keys
     assert all(torch.equal(getattr(found, n), getattr(calibration, n)) for n in ("mean", "var", "bank"))
     for weights, words, evaluated, said in (
-        ("others", "preprocessing", [], "made with other weights"),
+        ("others", "preprocessing", [], "made with another model"),
         ("weights", "another", [], "made with preprocessing, not another"),
         ("weights", "preprocessing", calibration.keys[:2], "2 of its 30 images are evaluated here"),
     ):
         with pytest.raises(InputError, match=said):
             load(path, weights, words, evaluated)
+    metadata, tensors = map_safetensors(path)
+    for change, said in (
+        ({"calibration": "a-later-one"}, "its format is a-later-one, this code reads"),
+        ({"keys": "3"}, "is no calibration"),
+    ):
+        write_tensors(path, tensors, {**metadata, **change})
+        with pytest.raises(InputError, match=said):
+            load(path, "weights", "preprocessing", [])
     path.write_bytes(b"x" * 100)
     with pytest.raises(InputError, match="is no calibration"):
         load(path, "weights", "preprocessing", [])

@@ -13,7 +13,7 @@ from pretrain.registers.draws import derangement
 from pretrain.registers.interventions import Intervention, intervened, parse_blocks
 from pretrain.registers.looks import features
 from pretrain.registers.samples import Batch, batches
-from tests.registers.conftest import MODEL, random_backbone
+from tests.registers.conftest import MODEL, backbone_of
 
 SETS = ("registers", "cls", "reg:3", "patch:4")
 PATCHES, PREFIX = 16, 5
@@ -152,7 +152,7 @@ def test_derangements_leave_nobody_in_place_and_are_all_as_likely():
 
 
 def test_a_test_time_register_is_the_last_register(image_set, batch):
-    backbone = random_backbone(replace(MODEL, register_neurons=[[1, 3], [1, 7]]))
+    backbone = backbone_of(replace(MODEL, register_neurons=[[1, 3], [1, 7]]))
     known = calibrate(backbone, batches(image_set, range(5, 15), 5), "", "", 4, 0)
     full, found = (seen(backbone, batch, one) for one in (None, doing("registers:zero", known, (1,))))
     assert found.shape[2] == 6 + PATCHES and found[1][:, 1:6].abs().max() == 0

@@ -75,6 +75,7 @@ def test_probes_and_recall_find_what_features_tell():
     assert hits.shape == (30,) and hits.min() == 100 and recall_at_one(telling, labels).min() == 100
     wrong = probe_hits(probe, telling[30:], (labels[30:] + 1) % 3)
     assert wrong.max() == 0
+    assert recall_at_one(telling[:1], labels[:1]).isnan().all()  # there is no other image
     noise = torch.randn(60, 8, generator=generator)
     assert recall_at_one(noise, labels).mean() < 70
     constant = fit_probe(torch.ones(30, 8), labels[:30])

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from pretrain.analysis.images import ImageSet
 from pretrain.data.writer import PackedSample, write_shards
 from pretrain.export import write_export
+from pretrain.registers.samples import split
 from tests.analysis.test_page import pictures_of, stands_alone
-from tests.registers.conftest import MODEL, random_backbone
+from tests.registers.conftest import MODEL, backbone_of
 
 FEW = ("--number", 15, "--train", 21, "--calibration-images", 20, "--attention-images", 6)
 TASKS = [
@@ -105,11 +107,13 @@ def test_a_calibration_is_kept_and_used_again(files, photos, tool, tmp_path):
     ):
         done = tool(*command, *FEW, "--calibration", file, *change)
         assert done.status == 2 and words in done.err and done.err.count("\n") == 1, done.err
-    other = random_backbone(MODEL)
+    other = backbone_of(MODEL)
     other.cls_token.add_(1)
     changed = write_export(tmp_path / "other.safetensors", other.state_dict(), MODEL, {})
     done = tool(changed, *command[1:], *FEW, "--calibration", file)
-    assert done.status == 2 and "was made with other weights" in done.err
+    assert done.status == 2 and "was made with another model" in done.err
+    done = tool(*command, *FEW, "--calibration", file, "--num-heads", 8)
+    assert done.status == 2 and "was made with another model" in done.err
 
 
 def test_without_classes_there_are_correspondence_and_masks(files, photos, masks, tool, tmp_path):
@@ -158,6 +162,18 @@ def test_shards_with_classes_and_a_damaged_image(files, photos, tool, tmp_path):
     done = tool(files["registers"], "--images", tmp_path / "all-*.tar", *few, "--json")
     assert done.status == 0 and list(json.loads(done.out)["scores"]) == TASKS
     assert done.err.count("left out: ") == 1 and "000: " in done.err
+
+
+def test_damaged_images_for_probes_are_one_line(files, photos, masks, tool, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    images = ImageSet(str(tmp_path / "photos"), 32)
+    for index in split(images, 0, 15, 21, 20).train:
+        images.files[index].write_bytes(b"no image")
+    command = (files["registers"], "--images", tmp_path / "photos", *FEW, "--conditions", "cls:zero")
+    for further in ((), ("--masks", masks)):
+        done = tool(*command, *further)
+        assert done.status == 2 and done.err.count("\n") == 1
+        assert "--images: all that are wanted are damaged, as " in done.err
 
 
 def test_wrong_input_is_one_line(files, photos, masks, tool, tmp_path):

@@ -13,20 +13,12 @@ from pretrain.models.init import init_weights
 from pretrain.models.packing import Layout
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.hits import run_block
+from tests.small import small_model
 
 BLOCK = 2  # that gets the defect
 GAINS = {"mlp-registers": 14.0}  # of the planted unit; its limit is rarer there, which the prediction feels
 SHARP = 16.0  # slope of the unit at its limit: patches below it hardly notice
-PLAIN = ModelConfig(
-    arch="custom",
-    embed_dim=64,
-    depth=6,
-    num_heads=4,
-    patch_size=8,
-    img_size=128,  # 16 x 16 patches
-    layer_scale=1.0,
-    drop_path_rate=0.0,
-)
+PLAIN = small_model(embed_dim=64, depth=6, num_heads=4, img_size=128)  # 16 x 16 patches
 MODELS = {
     "mlp": PLAIN,
     "mlp-registers": replace(PLAIN, num_register_tokens=4),

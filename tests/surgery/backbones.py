@@ -9,17 +9,10 @@ from torch import Tensor
 from pretrain.config.schema import ModelConfig
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
+from tests.small import small_model
 
-PLAIN = ModelConfig(  # as a released ViT-S/14 but for its depth and grid
-    arch="custom",
-    embed_dim=384,
-    depth=2,
-    num_heads=6,
-    patch_size=14,
-    img_size=70,
-    layer_scale=1.0,
-    drop_path_rate=0.0,
-)
+# as a released ViT-S/14 but for its depth and grid
+PLAIN = small_model(embed_dim=384, num_heads=6, patch_size=14, img_size=70)
 REGISTERS = replace(
     PLAIN, embed_dim=128, num_heads=2, num_register_tokens=4, pos_embed_offset=0.0, pos_embed_antialias=True
 )
