@@ -22,8 +22,8 @@ ATTEMPTS = 6  # at reading a sample, likewise
 Stamp = tuple[int, int]  # size in bytes and time of the last change of a local tar
 
 
-class CorruptSample(ValueError):
-    """A sample that cannot be used, in a shard that can."""
+class CorruptSample(InputError):
+    """A sample that cannot be used, in a shard that can: training replaces it, other readers stop there."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(shard, key, reason)  # the arguments, so that it can be sent between processes
@@ -147,13 +147,21 @@ class Reader:
         return opened
 
     def _open_shard(self, name: str) -> _OpenShard:
-        if not is_remote(name):
-            return _OpenShard(_open_file(Path(name)), IndexReader(index_path(Path(name))))
-        cache = self._cache_of_remote()
-        index = IndexReader(cache.index_of(name))
+        if is_remote(name):
+            index = self._cache_of_remote().index_of(name)  # first: it tells how long the copy has to be
+            tar = self._open_copy(name)
+        else:
+            index, tar = index_path(Path(name)), _open_file(Path(name))
+        try:
+            return _OpenShard(tar, IndexReader(index))
+        except BaseException:
+            os.close(tar)
+            raise
+
+    def _open_copy(self, name: str) -> int:
         while True:
             try:
-                return _OpenShard(_open_file(cache.fetch(name)), index)
+                return _open_file(self._cache_of_remote().fetch(name))
             except FileNotFoundError:  # evicted in between
                 continue
 
