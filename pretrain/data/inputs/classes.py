@@ -52,4 +52,6 @@ def read_classes(path: Path) -> list[str]:
 
 def write_classes(path: Path, classes: Sequence[str]) -> None:
     """Write class names in the order of their numbers."""
-    path.write_text(json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n"
+    # a folder's name may hold bytes of no letter: so escaped, they are what JSON has for them
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
