@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz.campaign import FAILED, Campaign
-from tests.fuzz.subjects import REFUSED, SUBJECTS, WORKED, outcome, write_case
+from tests.fuzz.cases import REFUSED, WORKED, outcome, write_case
+from tests.fuzz.subjects import SUBJECTS
 
 CASES = {"config": 60, "weights": 100, "shards": 300, "images": 500}
 LIMITED = ("config", "weights", "shards")  # that refuse; a damaged image is a corrupt sample
