@@ -58,6 +58,8 @@ def labelled_batches(
             f"{key_name}: a centre crop of {crop} pixels does not fit a shorter side of {resize}"
         )
     reader = Reader(list_shards(patterns, key_name))
+    if not sum(reader.sizes):
+        raise InputError(f"{key_name}: the shards hold no sample")
     order = Order(reader.sizes, seed=0, shuffle="none", open_shards=1)
     shift, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 

@@ -1,6 +1,7 @@
 """Bytes of a sample by shard and index. Files are opened on demand, and a few stay open."""
 
 import os
+import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class Reader:
         Args:
             shards: tars, local or remote.
             cache: of the remote ones.
-            max_open: shards that stay open in one process.
+            max_open: shards that stay open in one process, if the system allows so many files.
             start: which missing index to build first (`ensure_indexes`).
             attempts: at reading a sample, before an error of the disk or the network counts.
 
@@ -77,7 +78,7 @@ class Reader:
             TrainingError: a remote shard cannot be reached.
         """
         self.shards = [str(shard) for shard in shards]
-        self.cache, self.max_open, self.attempts = cache, max_open, attempts
+        self.cache, self.max_open, self.attempts = cache, min(max_open, _most_open()), attempts
         self._stamps: list[Stamp | None] = [None] * len(self.shards)  # None: remote
         self.sizes = [0] * len(self.shards)  # samples in each shard
         self.nbytes = [0] * len(self.shards)  # of each tar
@@ -181,6 +182,12 @@ class Reader:
         """Close the files."""
         if "_open" in self.__dict__:
             self.close()
+
+
+def _most_open() -> int:
+    """Shards whose two files take half of what a process may open (`ulimit -n`)."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(files // 4, 1) if files != resource.RLIM_INFINITY else 1 << 20
 
 
 def _open_file(path: Path) -> int:

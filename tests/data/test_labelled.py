@@ -105,6 +105,12 @@ def test_an_image_without_bytes_names_setting_shard_and_key(tmp_path: Path) -> N
         list(labelled_batches([str(shard)], "log.knn.test", 8, 8, MEAN, STD, 2))
 
 
+def test_shards_without_a_sample_name_the_setting(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", {})
+    with pytest.raises(InputError, match=r"^log.knn.test: the shards hold no sample$"):
+        next(labelled_batches([str(shard)], "log.knn.test", 8, 8, MEAN, STD, 2))
+
+
 def test_crop_must_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^log.knn.train: .*crop of 9 .*side of 8"):
         next(labelled_batches([], "log.knn.train", 8, 9, MEAN, STD, 2))

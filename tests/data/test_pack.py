@@ -92,9 +92,10 @@ def test_zero_padded_class_folders_are_names(classes: Path, tmp_path: Path) -> N
 
 def test_a_damaged_list_of_classes_is_one_line(classes: Path, tmp_path: Path) -> None:
     pack(classes, tmp_path / "data")
-    (tmp_path / "data" / "classes.json").write_text("{")
-    result = pack(classes, tmp_path / "data", "--prefix", "test", status=2)
-    assert "not a list of class names" in result.stderr
+    for text in ("{", "3", '{"cat": 0}', "[" * 100_000):
+        (tmp_path / "data" / "classes.json").write_text(text)
+        result = pack(classes, tmp_path / "data", "--prefix", "test", status=2)
+        assert "not a list of class names" in result.stderr
 
 
 def test_each_prefix_keeps_its_list_of_unreadable_files(classes: Path, tmp_path: Path) -> None:
@@ -188,6 +189,7 @@ def test_index_of_existing_shards(classes: Path, tmp_path: Path) -> None:
         (["list.txt", "data"], "1 of 2 lines have no label"),
         (["mixed/cat/sub", "data", "--group-from", "("], "not a regular expression"),
         (["mixed/cat/sub", "data", "--group-from", "q[0-9]"], "does not match"),
+        (["mixed/cat/sub", "data", "--group-from", "(q)|p"], "its first group takes no part in the match"),
         (["mixed/cat/sub", "data", "--samples-per-shard", "0"], "--samples-per-shard 0: must be at least 1"),
         (["broken", "data"], "not one image can be read"),
         (["--index", "empty/*.tar"], "no shard matches"),
