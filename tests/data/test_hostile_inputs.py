@@ -155,6 +155,22 @@ def test_a_volume_of_no_size_or_of_slices_without_bounds(size: int, tmp_path: Pa
     assert "has no voxels" in line or "pixels are more than" in line or "not a NIfTI file" in line
 
 
+def test_slices_and_pages_longer_than_a_png(tmp_path: Path) -> None:
+    long = np.zeros((1, 1_000_001), np.uint16)
+    long[0, 0] = 1
+    (tmp_path / "in").mkdir()
+    nibabel.save(nibabel.Nifti2Image(long[..., None], np.eye(4)), tmp_path / "in/a.nii")
+    pack(tmp_path / "in", tmp_path / "out", status=2)
+    (tmp_path / "tif").mkdir()
+    with tifffile.TiffWriter(tmp_path / "tif/a.tif") as file:
+        for _ in range(2):
+            file.write(np.repeat(long[..., None], 3, axis=2), photometric="rgb")
+    pack(tmp_path / "tif", tmp_path / "out", "--prefix", "tif", status=2)
+    for prefix, count in (("train", 1), ("tif", 2)):
+        lines = (tmp_path / f"out/unreadable-{prefix}.txt").read_text().splitlines()
+        assert len(lines) == count and all("a side of a PNG has 1,000,000 at most" in line for line in lines)
+
+
 @pytest.mark.parametrize("window", [(), ("--window", "0", "9")])
 @pytest.mark.parametrize(
     ("elements", "reason"),

@@ -172,10 +172,14 @@ def _encode(item: _Slice | Unreadable, numbers: Mapping[str, int], options: Opti
     levels, source = to_16_bits(item.values, item.window), item.source
     if levels.min() == levels.max():
         return Constant(item.name)
+    try:
+        content = encode_png(levels)
+    except ValueError as error:
+        return Unreadable(item.name, str(error))
     label = None if source.label_name is None else numbers[source.label_name]
     about = {"window": [item.window.low, item.window.high], "units": item.window.units}
     meta = describe(item.name, source.label_name, label, _group(source, options), **about)
-    return Encoded("png", encode_png(levels), label, meta)
+    return Encoded("png", content, label, meta)
 
 
 def _group(source: Source, options: Options) -> str:
