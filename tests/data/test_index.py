@@ -1,8 +1,8 @@
 import io
-import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -289,12 +289,7 @@ def test_fewer_stay_open_where_the_system_allows_few(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def end_without_a_word(shard: Path) -> int:
-    assert multiprocessing.parent_process() is not None, "in a process of its own only"
-    os._exit(1)
-
-
 @pytest.mark.skipif(available_cores() < 2, reason="one core indexes in this process")
-def test_a_process_that_is_killed_while_it_indexes_is_one_line(tmp_path: Path) -> None:
+def test_a_process_that_is_killed_while_it_indexes_is_one_line() -> None:
     with pytest.raises(InputError, match="a process that builds indexes was killed"):
-        list(in_processes(end_without_a_word, [tmp_path] * 8))
+        list(in_processes(signal.raise_signal, [signal.SIGKILL] * 8))

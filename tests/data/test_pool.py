@@ -206,7 +206,11 @@ class Unreadable(GroupMaker):
 
 
 class Late(deque[Task]):
-    """Tasks that are given to a new process when it has ended."""
+    """Tasks that are given to a process when it has ended."""
+
+    def __init__(self, tasks: list[Task], worker: _Worker) -> None:
+        super().__init__(tasks)
+        self.worker = worker
 
     def __iter__(self) -> Iterator[Task]:
         self.worker.process.join()
@@ -215,12 +219,9 @@ class Late(deque[Task]):
 
 def test_a_process_that_ends_before_it_gets_its_tasks_is_lost_like_any_other(make_config: MakeConfig) -> None:
     maker = Unreadable(make_config())
-    slots = SharedSlots(SlotLayout(maker.cfg, GLOBAL_BATCH), 1, PLENTY)
-    worker = _Worker(0, maker, slots)
-    tasks = Late([Task(0, 0, 0)])
-    tasks.worker = worker
-    worker.tasks = tasks
-    try:
-        worker.start()
-    finally:
-        worker.end()
+    worker = _Worker.__new__(_Worker)  # not started yet
+    worker.number, worker.tasks = 0, Late([Task(0, 0, 0)], worker)
+    worker._maker, worker._slots = maker, SharedSlots(SlotLayout(maker.cfg, GLOBAL_BATCH), 1, PLENTY)
+    worker.start()
+    assert worker.process.exitcode == 7
+    worker.end()
