@@ -10,8 +10,8 @@ from tests.fuzz.cases import REFUSED, WORKED, outcome, write_case
 from tests.fuzz.subjects import SUBJECTS
 
 CASES = {
-    **{"config": 40, "weights": 70, "checkpoints": 40, "shards": 200},
-    **{"images": 400, "dicom": 60, "nifti": 60, "parquet": 60},
+    **{"config": 28, "weights": 60, "checkpoints": 25, "shards": 200},
+    **{"images": 350, "dicom": 50, "nifti": 40, "parquet": 60},
 }
 REPEATABLE = ("checkpoints", "shards", "dicom", "nifti", "parquet")  # their examples are made quickly
 
