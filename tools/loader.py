@@ -34,7 +34,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help="settings to change")
     parser.add_argument("--images", type=int, default=2_048, metavar="N", help="to load (default 2,048)")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the crops of the first images")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if options.images < 1:
+        parser.error(f"--images {options.images}: must be at least 1")
+    if options.sheet is not None:  # before the time is spent
+        _check_sheet(parser, options.sheet)
+    return options
+
+
+def _check_sheet(parser: Parser, sheet: Path) -> None:
+    if sheet.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--sheet {sheet}: no kind of picture ends so; name it {sheet.stem}.png")
+    if not sheet.parent.is_dir():
+        parser.error(f"--sheet {sheet}: there is no folder {sheet.parent}; make it")
 
 
 def one_rank(cfg: Config) -> Config:
@@ -81,9 +93,10 @@ def run() -> int:
     first, images, seconds = timed(batch for _, (batch,) in loader.steps(0, steps))
     print("\n".join(lines(cfg, loader, images, seconds)))
     if options.sheet is not None:
-        pixels = crop_picture(first, ROWS, cfg.model.patch_size)
+        rows = min(ROWS, first.num_images)
+        pixels = crop_picture(first, rows, cfg.model.patch_size)
         Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(options.sheet)
-        print(f"{options.sheet}: the crops of the first {min(ROWS, first.num_images)} images")
+        print(f"{options.sheet}: the crops of the first {rows} images")
     return 0
 
 

@@ -27,7 +27,7 @@ from pretrain.data.inputs.tally import Tally, numbered
 from pretrain.data.shards import list_shards
 from pretrain.data.verify import verify_shard
 from pretrain.data.writer import PackedSample, clear_shards, write_shards
-from pretrain.errors import InputError
+from pretrain.errors import InputError, printable
 
 FAULTY = 1  # exit status
 
@@ -50,6 +50,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--index", nargs="+", metavar="SHARD", help="only build the indexes of these shards")
     parser.add_argument("--verify", nargs="+", metavar="SHARD", help="only look for faults in these shards")
     options = parser.parse_args()
+    if options.samples_per_shard < 1:  # here: --force would have removed the old shards by then
+        parser.error(f"--samples-per-shard {options.samples_per_shard}: must be at least 1")
     if options.index and options.verify:
         parser.error("give --index or --verify, not both")
     if (options.index or options.verify) and options.src:
@@ -85,7 +87,8 @@ def pack(options: argparse.Namespace) -> str:
     known = read_classes(names) if names.exists() and not options.force else None  # of another prefix
     classes = agree_on_classes(summary, known)
     clear_shards(dst, options.prefix, options.force, summary.tars)
-    print(f"{summary.images} images, {len(classes)} classes; {summary.order}", *summary.notes, sep="\n")
+    print(f"{summary.images} images, {len(classes)} classes; {summary.order}")
+    print(*map(printable, summary.notes), sep="\n", end="\n" if summary.notes else "")
     tally = Tally(unreadable=list(summary.unreadable))
     results = found.read({name: number for number, name in enumerate(classes)})
     samples = progress(numbered(results, tally), summary.images)
@@ -114,7 +117,7 @@ def reading_options(options: argparse.Namespace) -> Options:
 
 def write_report(path: Path, unreadable: Iterable[Unreadable]) -> None:
     """One line for each, name and reason with a tab between them; no file where there is none."""
-    lines = [f"{name}\t{reason}\n" for name, reason in unreadable]
+    lines = [f"{printable(name)}\t{printable(reason)}\n" for name, reason in unreadable]
     path.unlink(missing_ok=True)
     if lines:
         path.write_text("".join(lines), encoding="utf-8")

@@ -24,6 +24,7 @@ from pretrain.errors import InputError
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)=(?P<value>.*)", re.DOTALL)
+ITEM = re.compile(r"[A-Za-z_][\w.]*(\[|\.\d)")  # of a list: data.sources[0], data.sources.0
 MAX_DEPTH = 64  # sections within sections; the schema has four
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # with the backslashes before it
 
@@ -143,7 +144,8 @@ def _read_override(text: str) -> Source:
     """One `key=value` of the command line; the value is YAML, and nothing after `=` is empty text."""
     match = OVERRIDE.fullmatch(text)
     if match is None:
-        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not key=value (for example optim.lr=0.001)")
+        hint = "; a list is given as a whole" if ITEM.match(text) else ""
+        raise ConfigError(f"{COMMAND_LINE}: {text!r} is not key=value (for example optim.lr=0.001){hint}")
     key, value = match["key"], match["value"]
     if key.count(".") >= MAX_DEPTH:
         raise ConfigError(f"{COMMAND_LINE}: {key[:40]}...: no such key")

@@ -59,8 +59,17 @@ class ShardCache:
 
     @classmethod
     def from_config(cls, data: DataConfig) -> Self:
-        """The cache that a configuration describes."""
-        folder = Path(data.cache.dir).expanduser().absolute()
+        """The cache that a configuration describes.
+
+        Raises:
+            InputError: its folder cannot be made.
+        """
+        try:
+            folder = Path(data.cache.dir).expanduser().absolute()
+        except RuntimeError as error:  # a container's user may have no home
+            raise InputError(
+                f"data.cache.dir: {data.cache.dir}: {one_line(error).rstrip('.')}; name a folder without ~"
+            ) from error
         return cls(folder, int(data.cache.max_gb * GB), data.io_attempts, data.io_timeout)
 
     def fetch(self, url: str) -> Path:

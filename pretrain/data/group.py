@@ -24,7 +24,7 @@ from pretrain.data.mixture import Mixture, Place
 from pretrain.data.order import Order
 from pretrain.data.pixels import Pixels
 from pretrain.data.reader import MAX_OPEN, CorruptSample, Reader
-from pretrain.data.remote import is_remote
+from pretrain.data.remote import is_remote, shown
 from pretrain.data.shards import shard_names
 from pretrain.data.slots import GroupArrays
 from pretrain.errors import InputError
@@ -80,7 +80,7 @@ class GroupMaker:
             sizes = self.reader.sizes[first : first + shard_counts[i]]
             first += shard_counts[i]
             if not sum(sizes):
-                raise InputError(f"{key}: {', '.join(patterns)} hold no sample")
+                raise InputError(f"{key}: {', '.join(map(shown, patterns))} hold no sample")
             orders.append(Order(sizes, self.cfg.run.seed, data.shuffle, data.open_shards, source=i))
         return Mixture(orders, [weight for _, _, weight in _sources(self.cfg)])
 

@@ -107,11 +107,16 @@ def layout_checksum(members: Iterable[Member]) -> int:
 
 
 def open_index(index: Path) -> Records:
-    """All records of an index, memory-mapped."""
+    """All records of an index. Not mapped, as in `IndexReader`.
+
+    Raises:
+        InputError: it is missing or incomplete.
+    """
     header = _valid_header(index)
-    if not header.samples:
-        return np.empty(0, header.record_type)
-    return np.memmap(index, dtype=header.record_type, mode="r", offset=HEADER.size, shape=(header.samples,))
+    records = np.fromfile(index, header.record_type, header.samples, offset=HEADER.size)
+    if len(records) < header.samples:
+        raise _cut_short(index)
+    return records
 
 
 class IndexReader:
@@ -136,13 +141,17 @@ class IndexReader:
         size = self._type.itemsize
         content = os.pread(self._file, size, HEADER.size + sample * size)
         if len(content) < size:
-            raise InputError(f"{self.path}: was cut short while it was read; remove it to have it built anew")
+            raise _cut_short(self.path)
         record: np.void = np.frombuffer(content, self._type)[0]
         return record
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
+
+
+def _cut_short(index: Path) -> InputError:
+    return InputError(f"{index}: was cut short while it was read; remove it to have it built anew")
 
 
 def _valid_header(index: Path) -> IndexHeader:

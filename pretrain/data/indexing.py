@@ -11,6 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,7 +88,11 @@ def build_indexes(shards: Sequence[Path]) -> Iterator[int]:
 
 
 def in_processes(build: Callable[[Path], int], shards: Sequence[Path]) -> Iterator[int]:
-    """The results for the shards in their order, from several processes where there are many shards."""
+    """The results for the shards in their order, from several processes where there are many shards.
+
+    Raises:
+        InputError: one of the processes was killed.
+    """
     processes = min(len(shards) // FEWEST_SHARDS, available_cores(), MAX_PROCESSES)
     if processes < 2:
         yield from map(build, shards)
@@ -95,6 +100,11 @@ def in_processes(build: Callable[[Path], int], shards: Sequence[Path]) -> Iterat
     pool = ProcessPoolExecutor(processes, get_context("forkserver"), _ignore_interrupts)
     try:
         yield from pool.map(build, shards)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that builds indexes was killed, for want of memory perhaps; start again: the indexes "
+            "that it and the others have built are kept"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -12,12 +12,13 @@ from pretrain.config.schema import DecodeConfig
 from pretrain.data.decode import DEFAULT, decode
 from pretrain.data.order import Order, Sample
 from pretrain.data.pixels import Pixels
-from pretrain.data.reader import Item, Reader
+from pretrain.data.reader import CorruptSample, Item, Reader
 from pretrain.data.shards import list_shards
 from pretrain.errors import InputError
 
 Change = Callable[[str, Pixels], Pixels]  # of a sample's key and pixels (H, W, C) uint8
 THREADS = 8  # that decode; the decoders release the interpreter lock
+REPACK = "re-pack the shard without it"
 
 
 def labelled_batches(
@@ -50,13 +51,15 @@ def labelled_batches(
         (b, C, crop, crop) float32 normalised and (b,) int64.
 
     Raises:
-        InputError: a shard cannot be used, or a sample has no label.
+        InputError: a shard or an image cannot be used, or a sample has no label.
     """
     if crop > resize:
         raise InputError(
             f"{key_name}: a centre crop of {crop} pixels does not fit a shorter side of {resize}"
         )
     reader = Reader(list_shards(patterns, key_name))
+    if not sum(reader.sizes):
+        raise InputError(f"{key_name}: the shards hold no sample")
     order = Order(reader.sizes, seed=0, shuffle="none", open_shards=1)
     shift, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
@@ -77,10 +80,13 @@ def _changed(item: Item, pixels: Pixels, change: Change | None) -> Pixels:
 
 
 def _labelled(reader: Reader, sample: Sample, key_name: str) -> Item:
-    item = reader.read(sample.shard, sample.index)
+    try:
+        item = reader.read(sample.shard, sample.index)
+    except CorruptSample as error:
+        raise InputError(f"{key_name}: {error}; {REPACK}") from error
     if item.label is None:
         raise InputError(
-            f"{key_name}: {reader.shards[sample.shard]}: sample {item.key} has no label (.cls member); "
+            f"{key_name}: {item.shard}: sample {item.key} has no label (.cls member); "
             f"pack with class folders or labels"
         )
     return item
@@ -97,7 +103,7 @@ def prepare(
     try:
         return centre_crop(resize_shorter(decode(item.image, decoding, channels), resize), crop)
     except ValueError as error:
-        raise InputError(f"{key_name}: sample {item.key}: {error}; re-pack the shard without it") from error
+        raise InputError(f"{key_name}: {item.shard}: sample {item.key}: {error}; {REPACK}") from error
 
 
 def resize_shorter(image: Pixels, size: int) -> Pixels:

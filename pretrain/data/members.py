@@ -5,6 +5,7 @@ import re
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key, extension
 SHARD_NOTES = re.compile(r"__[^/]*__")  # webdataset's notes on a shard as a whole
 CLASS_NUMBER = re.compile(rb"\s*([0-9]{1,18})\s*")  # the content of a .cls member; fits 64 bits
+MAX_CLASS = 10**18 - 1  # the largest such number
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm"})
 
 

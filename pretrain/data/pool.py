@@ -83,14 +83,15 @@ class _Worker:
         theirs.close()
         self.since = time.monotonic()  # it was last heard of
         for task in self.tasks:
-            self.connection.send(task)
+            self._send(task)
 
     def submit(self, task: Task) -> None:
         self.tasks.append(task)
-        try:
+        self._send(task)
+
+    def _send(self, task: Task) -> None:
+        with suppress(OSError):  # it has died: `wait` sees it too, and starts another one with all its tasks
             self.connection.send(task)
-        except OSError:  # it has died: `wait` sees it too, and starts another one with all its tasks
-            return
 
     def receive(self) -> Done:
         done: Done = self.connection.recv()

@@ -1,6 +1,7 @@
 """Bytes of a sample by shard and index. Files are opened on demand, and a few stay open."""
 
 import os
+import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ ATTEMPTS = 6  # at reading a sample, likewise
 Stamp = tuple[int, int]  # size in bytes and time of the last change of a local tar
 
 
-class CorruptSample(ValueError):
-    """A sample that cannot be used, in a shard that can."""
+class CorruptSample(InputError):
+    """A sample that cannot be used, in a shard that can: training replaces it, other readers stop there."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(shard, key, reason)  # the arguments, so that it can be sent between processes
@@ -68,7 +69,7 @@ class Reader:
         Args:
             shards: tars, local or remote.
             cache: of the remote ones.
-            max_open: shards that stay open in one process.
+            max_open: shards that stay open in one process, if the system allows so many files.
             start: which missing index to build first (`ensure_indexes`).
             attempts: at reading a sample, before an error of the disk or the network counts.
 
@@ -77,7 +78,7 @@ class Reader:
             TrainingError: a remote shard cannot be reached.
         """
         self.shards = [str(shard) for shard in shards]
-        self.cache, self.max_open, self.attempts = cache, max_open, attempts
+        self.cache, self.max_open, self.attempts = cache, min(max_open, _most_open()), attempts
         self._stamps: list[Stamp | None] = [None] * len(self.shards)  # None: remote
         self.sizes = [0] * len(self.shards)  # samples in each shard
         self.nbytes = [0] * len(self.shards)  # of each tar
@@ -147,13 +148,21 @@ class Reader:
         return opened
 
     def _open_shard(self, name: str) -> _OpenShard:
-        if not is_remote(name):
-            return _OpenShard(_open_file(Path(name)), IndexReader(index_path(Path(name))))
-        cache = self._cache_of_remote()
-        index = IndexReader(cache.index_of(name))
+        if is_remote(name):
+            index = self._cache_of_remote().index_of(name)  # first: it tells how long the copy has to be
+            tar = self._open_copy(name)
+        else:
+            index, tar = index_path(Path(name)), _open_file(Path(name))
+        try:
+            return _OpenShard(tar, IndexReader(index))
+        except BaseException:
+            os.close(tar)
+            raise
+
+    def _open_copy(self, name: str) -> int:
         while True:
             try:
-                return _OpenShard(_open_file(cache.fetch(name)), index)
+                return _open_file(self._cache_of_remote().fetch(name))
             except FileNotFoundError:  # evicted in between
                 continue
 
@@ -173,6 +182,12 @@ class Reader:
         """Close the files."""
         if "_open" in self.__dict__:
             self.close()
+
+
+def _most_open() -> int:
+    """Shards whose two files take half of what a process may open (`ulimit -n`)."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(files // 4, 1) if files != resource.RLIM_INFINITY else 1 << 20
 
 
 def _open_file(path: Path) -> int:

@@ -20,7 +20,8 @@ MAX_DIGITS = 12  # of the length of a line in a pax header
 MAX_NAME = 4096  # bytes; no file system has longer paths
 REGULAR = frozenset(b"0\x007")
 WITHOUT_DATA = frozenset(b"123456")  # links, devices, folders, pipes: a size in their header means nothing
-LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL, SPARSE = b"LKxgS"
+EXTENSIONS = frozenset(b"LKxg")  # long name, long link, pax, pax for all that follow
+LONG_NAME, PAX, SPARSE = b"LxS"
 
 
 class Member(NamedTuple):
@@ -53,40 +54,48 @@ def scan(path: Path) -> Iterator[Member]:
 
 
 def _members(file: int, end: int, path: Path) -> Iterator[Member]:
-    # Read, not mapped: a mapped file that somebody cuts short kills the process (SIGBUS) instead of an error.
     position, pending = 0, _Pending()
-    while True:
-        header = os.pread(file, BLOCK, position)
-        if len(header) < BLOCK:
-            raise InputError(
-                f"{path}: byte {position}: ends without the end mark of a tar (cut short); restore it"
-            )
-        if header == EMPTY:
-            return
-        _verify(header, path, position)
-        kind = header[156]
+    while (header := _header(file, path, position)) != EMPTY:
+        kind, start = header[156], position + BLOCK
         size = 0 if kind in WITHOUT_DATA else _size(header, pending, path, position)
-        start = position + BLOCK
         if start + size > end:
             raise InputError(
                 f"{path}: byte {position}: member of {size} bytes in a file that ends at byte {end} "
                 f"(cut short); restore it"
             )
-        if kind in REGULAR:
-            yield Member(_checked(pending.name or _name(header), path, position), start, size)
-        if kind in b"LKxg" and size > MAX_EXTENSION:
-            raise InputError(
-                f"{path}: byte {position}: extension header of {size} bytes; restore or re-pack the shard"
-            )
-        content = os.pread(file, size, start) if kind in b"LKxg" else b""
-        try:
-            pending = _extension(kind, content, pending) if content else _Pending()
-        except (ValueError, IndexError) as error:  # header checksums do not cover what a pax header holds
-            fault = f"{path}: byte {start}: damaged pax header; restore or re-pack the shard"
-            raise InputError(fault) from error
         if kind == SPARSE:
             raise InputError(f"{path}: byte {position}: sparse members are not supported; re-pack the shard")
+        if kind in REGULAR:
+            yield Member(_checked(pending.name or _name(header), path, position), start, size)
+        pending = _extended(file, kind, start, size, pending, path) if kind in EXTENSIONS else _Pending()
         position = start + (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _header(file: int, path: Path, position: int) -> bytes:
+    """The header at a byte, its checksum right; EMPTY where the tar ends."""
+    # Read, not mapped: a mapped file that somebody cuts short kills the process (SIGBUS) instead of an error.
+    header = os.pread(file, BLOCK, position)
+    if len(header) < BLOCK:
+        raise InputError(
+            f"{path}: byte {position}: ends without the end mark of a tar (cut short); restore it"
+        )
+    if header != EMPTY:
+        _verify(header, path, position)
+    return header
+
+
+def _extended(file: int, kind: int, start: int, size: int, pending: _Pending, path: Path) -> _Pending:
+    """`pending` with what the extension header adds whose `size` bytes begin at `start`."""
+    if size > MAX_EXTENSION:
+        raise InputError(
+            f"{path}: byte {start - BLOCK}: extension header of {size} bytes; restore or re-pack the shard"
+        )
+    content = os.pread(file, size, start)
+    try:
+        return _extension(kind, content, pending) if content else _Pending()
+    except (ValueError, IndexError) as error:  # header checksums do not cover what a pax header holds
+        fault = f"{path}: byte {start}: damaged pax header; restore or re-pack the shard"
+        raise InputError(fault) from error
 
 
 def _verify(header: bytes, path: Path, position: int) -> None:

@@ -252,3 +252,9 @@ def test_the_cache_of_a_configuration(tmp_path: Path, monkeypatch: pytest.Monkey
     cache = ShardCache.from_config(data)
     assert (cache.folder, cache.attempts) == (tmp_path / "copies", 2)
     assert (cache._downloader.room.max_bytes, cache._downloader.seconds) == (500_000_000, 3.0)
+
+
+def test_a_user_without_a_home(tmp_path: Path) -> None:
+    data = DataConfig(cache=CacheConfig(dir="~nobody-of-this-name/shards"))
+    with pytest.raises(InputError, match=r"^data.cache.dir: ~nobody.* name a folder without ~$"):
+        ShardCache.from_config(data)

@@ -4,6 +4,7 @@ import gzip
 import os
 import struct
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nibabel
 import numpy as np
@@ -15,10 +16,14 @@ from pretrain.analysis.images import ImageSet
 from pretrain.analysis.masks import read_masks
 from pretrain.config.schema import DecodeConfig
 from pretrain.data.decode import decode
+from pretrain.data.inputs.classes import read_classes
+from pretrain.data.inputs.listing import list_files
 from pretrain.errors import InputError
 from tests.data.packing import fault, pack, picture
+from tests.data.scans import dicom, save_dicom, save_nifti
 
 PIXELS = np.zeros((20, 30, 9), np.uint8)
+NOBODY = 65_534  # the user without rights
 
 
 @pytest.fixture
@@ -48,6 +53,38 @@ def test_links_that_lead_round_and_round(links: dict[str, str], photos: Path) ->
 def test_class_folders_may_be_links(photos: Path) -> None:
     (photos / "hound").symlink_to("dog")
     assert "3 images, 3 classes" in pack(photos, photos.parent / "out").stdout
+
+
+def test_names_of_bytes_that_are_no_letters(photos: Path) -> None:
+    odd = photos / os.fsdecode(b"\xff\n")
+    odd.mkdir()
+    (odd / "a.jpg").write_bytes(picture(7))
+    (odd / os.fsdecode(b"\xfe.txt")).write_bytes(b"x")
+    out = photos.parent / "out"
+    assert "3 images in 1 shards" in pack(photos, out).stdout
+    assert read_classes(out / "classes.json") == ["cat", "dog", odd.name]
+    (line,) = (out / "unreadable-train.txt").read_text().splitlines()
+    assert line == "\\udcff /\\udcfe.txt\tnot named like an image"
+    pack(photos, out, "--prefix", "test")  # which reads the classes
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out() -> None:
+    with TemporaryDirectory() as name:  # below folders that anybody may enter
+        folder = Path(name)
+        folder.chmod(0o755)
+        for part in ("open", "closed"):
+            (folder / "photos" / part).mkdir(parents=True)
+            (folder / "photos" / part / "a.jpg").write_bytes(picture(1))
+        (folder / "photos/closed").chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(NOBODY)
+            with pytest.raises(InputError, match=r"photos/closed: Permission denied; make it readable"):
+                list_files(folder / "photos")
+        finally:
+            os.seteuid(user)
+            (folder / "photos/closed").chmod(0o755)
 
 
 def test_a_pipe_among_the_images_is_not_waited_for(photos: Path) -> None:
@@ -100,10 +137,58 @@ def test_a_volume_that_claims_what_no_file_of_its_size_can_hold(tmp_path: Path) 
     path = tmp_path / "a.nii.gz"
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)), path)
     content = bytearray(gzip.decompress(path.read_bytes()))
-    struct.pack_into("<hhhh", content, 40, 3, 20_000, 20_000, 100)
+    struct.pack_into("<hhhh", content, 40, 3, 10_000, 10_000, 400)
     path.write_bytes(gzip.compress(content))
     pack(path, tmp_path / "out", status=2)
     assert "claims 80,000,000,000 bytes" in (tmp_path / "out/unreadable-train.txt").read_text()
+
+
+@pytest.mark.parametrize("size", [0, -4, 32_767])
+def test_a_volume_of_no_size_or_of_slices_without_bounds(size: int, tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "in/a.nii", np.arange(64, dtype=np.int16).reshape(4, 4, 4))
+    save_nifti(tmp_path / "in/good.nii", np.arange(64, dtype=np.int16).reshape(4, 4, 4))
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<hh", content, 42, size, max(size, 4))
+    path.write_bytes(content)
+    assert "4 images in 1 shards" in pack(path.parent, tmp_path / "out").stdout
+    (line,) = (tmp_path / "out/unreadable-train.txt").read_text().splitlines()
+    assert "has no voxels" in line or "pixels are more than" in line or "not a NIfTI file" in line
+
+
+def test_slices_and_pages_longer_than_a_png(tmp_path: Path) -> None:
+    long = np.zeros((1, 1_000_001), np.uint16)
+    long[0, 0] = 1
+    (tmp_path / "in").mkdir()
+    nibabel.save(nibabel.Nifti2Image(long[..., None], np.eye(4)), tmp_path / "in/a.nii")
+    pack(tmp_path / "in", tmp_path / "out", status=2)
+    (tmp_path / "tif").mkdir()
+    with tifffile.TiffWriter(tmp_path / "tif/a.tif") as file:
+        for _ in range(2):
+            file.write(np.repeat(long[..., None], 3, axis=2), photometric="rgb")
+    pack(tmp_path / "tif", tmp_path / "out", "--prefix", "tif", status=2)
+    for prefix, count in (("train", 1), ("tif", 2)):
+        lines = (tmp_path / f"out/unreadable-{prefix}.txt").read_text().splitlines()
+        assert len(lines) == count and all("a side of a PNG has 1,000,000 at most" in line for line in lines)
+
+
+@pytest.mark.parametrize("window", [(), ("--window", "0", "9")])
+@pytest.mark.parametrize(
+    ("elements", "reason"),
+    [
+        ({"NumberOfFrames": 2**31 - 1}, "claims 2,147,483,647 frames in a file of"),
+        ({"NumberOfFrames": -3}, "claims -3 frames in a file of"),
+        ({"Rows": 65_535, "Columns": 65_535}, "65535 x 65535 pixels are more than"),
+    ],
+)
+def test_a_dicom_file_that_claims_what_it_cannot_hold(
+    elements: dict[str, int], reason: str, window: tuple[str, ...], tmp_path: Path
+) -> None:
+    grey = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    save_dicom(tmp_path / "in/a.dcm", dicom(grey, **elements))
+    save_dicom(tmp_path / "in/good.dcm", dicom(grey))
+    assert "1 images in 1 shards" in pack(tmp_path / "in", tmp_path / "out", *window).stdout
+    (line,) = (tmp_path / "out/unreadable-train.txt").read_text().splitlines()
+    assert line.startswith(f"a.dcm\t{reason}")
 
 
 def test_a_mask_is_never_handed_to_another_program(tmp_path: Path) -> None:

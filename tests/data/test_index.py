@@ -1,6 +1,8 @@
 import io
 import os
 import pickle
+import resource
+import signal
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -11,10 +13,10 @@ import pytest
 import webdataset as wds
 
 from pretrain.data.index import index_path, open_index
-from pretrain.data.indexing import build_index, ensure_index
+from pretrain.data.indexing import available_cores, build_index, ensure_index, in_processes
 from pretrain.data.reader import MAX_OPEN, CorruptSample, Reader
 from pretrain.data.tar import scan
-from pretrain.errors import TrainingError
+from pretrain.errors import InputError, TrainingError
 from tests.data.pictures import encode
 
 PICTURE = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
@@ -271,3 +273,23 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
         assert [reader.read(i, 0).key for i in range(len(shards))] == [f"k{i}" for i in range(len(shards))]
     assert len(list(Path("/proc/self/fd").iterdir())) - before <= 2 * MAX_OPEN  # tar and index
     assert pickle.loads(pickle.dumps(reader)).read(3, 0).key == "k3"
+
+
+def test_fewer_stay_open_where_the_system_allows_few(tmp_path: Path) -> None:
+    shards = [write_tar(tmp_path / f"{i}.tar", {f"k{i}.png": PNG}) for i in range(70)]
+    for shard in shards:
+        build_index(shard)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        reader = Reader(shards, max_open=100, attempts=1)
+        assert [reader.read(i, 0).key for i in range(70)] == [f"k{i}" for i in range(70)]
+        reader.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(available_cores() < 2, reason="one core indexes in this process")
+def test_a_process_that_is_killed_while_it_indexes_is_one_line() -> None:
+    with pytest.raises(InputError, match="a process that builds indexes was killed"):
+        list(in_processes(signal.raise_signal, [signal.SIGKILL] * 8))

@@ -9,6 +9,8 @@ from PIL import Image
 from pretrain.config.schema import DecodeConfig
 from pretrain.data.labelled import labelled_batches
 from pretrain.data.writer import PackedSample, write_shards
+from pretrain.errors import InputError
+from tests.data.packing import picture, write_tar
 from tests.data.pictures import encode
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.5]
@@ -82,9 +84,10 @@ def test_levels_are_seen_through_the_window(tmp_path: Path) -> None:
     np.testing.assert_array_equal((batch[0, 0] * 255).round(), np.rint(levels / 4095 * 255))
 
 
-def test_other_channels_name_setting_and_key(tmp_path: Path) -> None:
+def test_other_channels_name_setting_shard_and_key(tmp_path: Path) -> None:
     shards = shards_of(tmp_path, [np.zeros((8, 8, 3), np.uint8)], [0])
-    with pytest.raises(ValueError, match=r"^log.knn.test: sample 0: has 3 channels, data.channels=5"):
+    fault = r"^log.knn.test: .*x-000000.tar: sample 0: has 3 channels, data.channels=5; re-pack"
+    with pytest.raises(InputError, match=fault):
         next(labelled_batches(shards, "log.knn.test", 8, 8, [0.0] * 5, [1.0] * 5, 2, 5))
 
 
@@ -93,6 +96,19 @@ def test_a_missing_label_names_setting_shard_and_key(tmp_path: Path) -> None:
     shards = shards_of(tmp_path, [picture] * 3, [0, 0, None])
     with pytest.raises(ValueError, match=r"^log.knn.test: .*x-000001.tar: sample 2 has no label"):
         list(labelled_batches(shards, "log.knn.test", 8, 8, MEAN, STD, 2))
+
+
+def test_an_image_without_bytes_names_setting_shard_and_key(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", {"a.jpg": picture(0), "a.cls": b"0", "b.jpg": b"", "b.cls": b"1"})
+    fault = r"^log.knn.test: .*x.tar: sample b: has zero bytes; re-pack the shard without it$"
+    with pytest.raises(InputError, match=fault):
+        list(labelled_batches([str(shard)], "log.knn.test", 8, 8, MEAN, STD, 2))
+
+
+def test_shards_without_a_sample_name_the_setting(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", {})
+    with pytest.raises(InputError, match=r"^log.knn.test: the shards hold no sample$"):
+        next(labelled_batches([str(shard)], "log.knn.test", 8, 8, MEAN, STD, 2))
 
 
 def test_crop_must_fit(tmp_path: Path) -> None:

@@ -92,9 +92,10 @@ def test_zero_padded_class_folders_are_names(classes: Path, tmp_path: Path) -> N
 
 def test_a_damaged_list_of_classes_is_one_line(classes: Path, tmp_path: Path) -> None:
     pack(classes, tmp_path / "data")
-    (tmp_path / "data" / "classes.json").write_text("{")
-    result = pack(classes, tmp_path / "data", "--prefix", "test", status=2)
-    assert "not a list of class names" in result.stderr
+    for text in ("{", "3", '{"cat": 0}', "[" * 100_000):
+        (tmp_path / "data" / "classes.json").write_text(text)
+        result = pack(classes, tmp_path / "data", "--prefix", "test", status=2)
+        assert "not a list of class names" in result.stderr
 
 
 def test_each_prefix_keeps_its_list_of_unreadable_files(classes: Path, tmp_path: Path) -> None:
@@ -121,6 +122,11 @@ def test_a_list_with_labels_and_groups(classes: Path, tmp_path: Path) -> None:
     assert found == {b"3": "anna", b"0": "ben"}
 
 
+def test_a_list_that_begins_with_the_mark_of_windows(classes: Path, tmp_path: Path) -> None:
+    (classes / "list.txt").write_text("cat/p0_x.JPG\r\ncat/p1_x.JPG\r\n", encoding="utf-8-sig")
+    assert "2 images in 1 shards" in pack(classes / "list.txt", tmp_path / "data").stdout
+
+
 def test_a_second_prefix_shares_the_class_numbers(classes: Path, tmp_path: Path) -> None:
     dst = tmp_path / "data"
     pack(classes, dst)
@@ -139,6 +145,7 @@ def test_existing_shards_are_safe(classes: Path, tmp_path: Path) -> None:
     error = pack(classes, dst, status=2).stderr
     assert error.count("\n") == 1 and "has 4 train-*.tar already; --force replaces them" in error
     pack(tmp_path / "none", dst, "--force", status=2)
+    pack(classes, dst, "--force", "--samples-per-shard", 0, status=2)
     assert {path: path.read_bytes() for path in dst.iterdir()} == before
     pack(classes, dst, "--force")
     assert len(list(dst.glob("*.tar"))) == 1 == len(list(dst.glob("*.idx")))
@@ -182,7 +189,8 @@ def test_index_of_existing_shards(classes: Path, tmp_path: Path) -> None:
         (["list.txt", "data"], "1 of 2 lines have no label"),
         (["mixed/cat/sub", "data", "--group-from", "("], "not a regular expression"),
         (["mixed/cat/sub", "data", "--group-from", "q[0-9]"], "does not match"),
-        (["mixed/cat/sub", "data", "--samples-per-shard", "0"], "at least 1"),
+        (["mixed/cat/sub", "data", "--group-from", "(q)|p"], "its first group takes no part in the match"),
+        (["mixed/cat/sub", "data", "--samples-per-shard", "0"], "--samples-per-shard 0: must be at least 1"),
         (["broken", "data"], "not one image can be read"),
         (["--index", "empty/*.tar"], "no shard matches"),
         (["--verify", "empty/*.tar"], "no shard matches"),

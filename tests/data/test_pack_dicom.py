@@ -5,51 +5,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import (
-    CTImageStorage,
-    ExplicitVRLittleEndian,
-    JPEGLSLossless,
-    RLELossless,
-    generate_uid,
-)
+from pydicom.uid import JPEGLSLossless, RLELossless
 
 from pretrain.data.inputs.dicom import hide
 from tests.data.packing import fault, pack, packed
+from tests.data.scans import dicom
+from tests.data.scans import save_dicom as save
 
 RANDOM = np.random.default_rng(0)
-SERIES = generate_uid()
-
-
-def dicom(pixels: np.ndarray, frames: int = 1, **elements: object) -> Dataset:
-    """A CT slice, or frames of one, of 16 bits; elements replace or add (None takes away)."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, generate_uid()
-    dataset.SeriesInstanceUID, dataset.PatientID, dataset.Modality = SERIES, "Doe^1957", "CT"
-    dataset.Rows, dataset.Columns = pixels.shape[1:3] if frames > 1 else pixels.shape[:2]
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated = dataset.BitsStored = 8 * pixels.dtype.itemsize
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    if frames > 1:
-        dataset.NumberOfFrames = frames
-    dataset.PixelData = pixels.tobytes()
-    for name, value in elements.items():
-        if value is None:
-            delattr(dataset, name)
-        else:
-            setattr(dataset, name, value)
-    return dataset
-
-
-def save(path: Path, dataset: Dataset) -> Path:
-    path.parent.mkdir(exist_ok=True, parents=True)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
 
 
 @pytest.fixture

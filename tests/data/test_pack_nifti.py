@@ -1,4 +1,3 @@
-import gzip
 import sys
 from pathlib import Path
 
@@ -7,19 +6,9 @@ import numpy as np
 import pytest
 
 from tests.data.packing import Packed, fault, pack, packed
+from tests.data.scans import save_nifti as save
 
 RANDOM = np.random.default_rng(0)
-
-
-def save(path: Path, values: np.ndarray, slope: float = 1.0, intercept: float = 0.0) -> Path:
-    """Stored values as they are, with the slope and intercept in the header."""
-    path.parent.mkdir(exist_ok=True, parents=True)
-    image = nibabel.Nifti1Image(values, np.eye(4))
-    nibabel.save(image, path)
-    content = bytearray(gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes())
-    content[112:120] = np.array([slope, intercept], "<f4").tobytes()  # scl_slope, scl_inter
-    path.write_bytes(gzip.compress(bytes(content)) if path.suffix == ".gz" else bytes(content))
-    return path
 
 
 def by_name(dst: Path) -> dict[str, Packed]:

@@ -99,6 +99,24 @@ def test_columns_that_are_not_clear(tmp_path: Path) -> None:
     assert "unlike.parquet: its columns differ from those of" in error
 
 
+def test_columns_of_one_name(tmp_path: Path) -> None:
+    arrays = [pa.array([picture(0)], type=pa.binary()), pa.array([1]), pa.array([2])]
+    pq.write_table(pa.table(arrays, names=["image", "label", "label"]), tmp_path / "x.parquet")
+    error = fault(tmp_path / "x.parquet", tmp_path / "new")
+    assert "x.parquet: has 2 columns named label; rename them" in error
+
+
+def test_a_label_that_no_index_can_hold_and_a_path_that_is_none(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+    cells = pa.array([{"bytes": picture(i), "path": i} for i in range(2)], type=kind)
+    write(tmp_path / "x.parquet", image=cells, label=pa.array([3, 10**18]))
+    pack(tmp_path / "x.parquet", tmp_path / "new")
+    (sample,) = packed(tmp_path / "new")
+    assert sample.label == 3 and "path" not in sample.meta
+    lines = (tmp_path / "new" / "unreadable-train.txt").read_text()
+    assert lines == "x.parquet#1\tits label 1000000000000000000 is larger than any class number\n"
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     table = write(tmp_path / "x.parquet", image=images(range(50)))
     content = bytearray(table.read_bytes())

@@ -45,6 +45,14 @@ def test_samples_are_mixed_and_kept(tars: Path, tmp_path: Path) -> None:
     assert len({sample.meta["source"] for sample in samples}) == 24
 
 
+@pytest.mark.parametrize("window", [["a", "b"], [[1], [2]], [1], 3])
+def test_notes_that_look_like_ours(window: object, tmp_path: Path) -> None:
+    notes = json.dumps({"window": window, "units": "HU"}).encode()
+    pack(write_tar(tmp_path / "x.tar", {"a.jpg": picture(1), "a.json": notes}), tmp_path / "new")
+    (sample,) = packed(tmp_path / "new")
+    assert sample.meta["window"] == window
+
+
 def test_what_we_packed_keeps_its_names_and_classes(tmp_path: Path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / "photos" / name).mkdir(parents=True)

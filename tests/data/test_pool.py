@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from pretrain.config.schema import Config
 from pretrain.data.group import GroupMaker, GroupReport
 from pretrain.data.loader import TrainLoader
-from pretrain.data.pool import WorkerPool
+from pretrain.data.pool import WorkerPool, _Worker
 from pretrain.data.slots import GroupArrays, SharedSlots, SlotLayout
 from pretrain.data.workers import Done, Task
 from pretrain.errors import InputError, TrainingError
@@ -195,3 +196,32 @@ def test_the_memory_is_nameless(make_config: MakeConfig) -> None:
     slots = SharedSlots(SlotLayout(make_config(), GLOBAL_BATCH), 2, PLENTY)
     assert set(Path("/dev/shm").iterdir()) == before
     assert slots.arrays(1).global_crops.shape == (2, GLOBAL_BATCH, 3, 32, 32)
+
+
+class Unreadable(GroupMaker):
+    """Ends the process that is to work with it before that has asked for a task."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os._exit(7)
+
+
+class Late(deque[Task]):
+    """Tasks that are given to a process when it has ended."""
+
+    def __init__(self, tasks: list[Task], worker: _Worker) -> None:
+        super().__init__(tasks)
+        self.worker = worker
+
+    def __iter__(self) -> Iterator[Task]:
+        self.worker.process.join()
+        return super().__iter__()
+
+
+def test_a_process_that_ends_before_it_gets_its_tasks_is_lost_like_any_other(make_config: MakeConfig) -> None:
+    maker = Unreadable(make_config())
+    worker = _Worker.__new__(_Worker)  # not started yet
+    worker.number, worker.tasks = 0, Late([Task(0, 0, 0)], worker)
+    worker._maker, worker._slots = maker, SharedSlots(SlotLayout(maker.cfg, GLOBAL_BATCH), 1, PLENTY)
+    worker.start()
+    assert worker.process.exitcode == 7
+    worker.end()

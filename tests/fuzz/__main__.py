@@ -1,6 +1,6 @@
-"""Feeds damaged configs, weights, shards and images to their readers: each must work or get one clear line.
+"""Feeds damaged input of every kind to its readers: each case must work or get one clear line.
 
-python -m tests.fuzz --seconds 600 --seed 0              # every kind for a quarter of the time
+python -m tests.fuzz --seconds 600 --seed 0              # every kind for an equal share of the time
 python -m tests.fuzz --kind shards --seed 0 --case 123   # one case again, with its traceback
 
 A failed case stays in fuzz_failures/KIND-SEED-CASE/ as the files that were read, with fault.json. Exit

@@ -10,8 +10,9 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+from tests.fuzz.cases import Files, outcome, write_case
 from tests.fuzz.guard import Guard
-from tests.fuzz.subjects import SUBJECTS, Files, mutate, outcome, write_case
+from tests.fuzz.subjects import SUBJECTS, mutate
 
 FAILED = "failed"
 SECONDS = 30  # for a case

@@ -6,11 +6,12 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.fuzz.campaign import FAILED, Campaign
-from tests.fuzz.subjects import CORRUPT, REFUSED, WORKED
+from tests.fuzz.campaign import FAILED, SECONDS, Campaign
+from tests.fuzz.cases import CORRUPT, REFUSED, WORKED
 
 MEMORY = 24 << 30  # address space of a process: what takes more has believed a header
 COLUMNS = (WORKED, REFUSED, CORRUPT, FAILED)
+SILENCE = 3 * SECONDS  # without a result: it hangs where no signal of its own reaches it, as in a C parser
 
 
 def in_process(kind: str, seed: int, seconds: float, failures: Path) -> tuple[dict[str, int], dict[str, str]]:
@@ -23,7 +24,7 @@ def in_process(kind: str, seed: int, seconds: float, failures: Path) -> tuple[di
         process = get_context("spawn").Process(target=_work, args=(kind, seed, number, end, failures, sender))
         process.start()
         sender.close()
-        while True:
+        while receiver.poll(SILENCE):
             try:
                 number, result, found = receiver.recv()
             except EOFError:
@@ -32,6 +33,8 @@ def in_process(kind: str, seed: int, seconds: float, failures: Path) -> tuple[di
             counts[result] += 1
             reasons = found | reasons
             number += 1
+        else:
+            process.kill()
         process.join()
         if process.exitcode:
             counts["cases"] += 1

@@ -1,9 +1,6 @@
 """What is fuzzed: for each kind whole examples, damage that suits it, and a look at all of the result."""
 
-import shutil
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -23,13 +20,15 @@ from pretrain.export.examine import inspect
 from pretrain.export.transform import Order, convert
 from pretrain.export.weights import read_weights
 from tests.data.pictures import encode
+from tests.fuzz.cases import CORRUPT, WORKED, Files, Subject
+from tests.fuzz.checkpoints import TINY, checkpoint_examples, damage_metadata, look_at_checkpoint
+from tests.fuzz.headers import damage_dicom, damage_nifti, damage_parquet
 from tests.fuzz.mutations import damage, noise
+from tests.fuzz.packing import dicom_examples, look_at_packing, nifti_examples, parquet_examples
 from tests.fuzz.structures import damage_image, damage_index, damage_safetensors, damage_tar
 from tests.fuzz.trees import damage_json, damage_yaml
-from tests.surgery.backbones import PLAIN, random_state
+from tests.surgery.backbones import random_state
 
-Files = dict[str, bytes]
-WORKED, REFUSED, CORRUPT = "worked", "refused", "counted corrupt"
 CONFIGS = Path(__file__).parents[2] / "configs"
 OVERRIDES = (
     "run.steps=10",
@@ -39,27 +38,19 @@ OVERRIDES = (
     "run.dir=${a}",
     "x=",
 )
-TINY = replace(PLAIN, embed_dim=64, num_heads=1, depth=1, img_size=28)
 LIMITS = DecodeConfig(max_pixels=1_000_000)
-SUFFIXES = {
+SUFFIXES = {  # and a name that is nothing else
     **{".yaml": damage_yaml, ".json": damage_json, ".safetensors": damage_safetensors},
-    **{".tar": damage_tar, ".idx": damage_index, ".img": damage_image},
+    **{".tar": damage_tar, ".idx": damage_index, ".img": damage_image, ".metadata": damage_metadata},
+    **{".dcm": damage_dicom, ".nii": damage_nifti, ".gz": damage_nifti, ".parquet": damage_parquet},
 }
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A kind of input."""
-
-    examples: Callable[[Path], list[Files]]  # written with the help of an empty folder
-    look: Callable[[Path], str]  # at a folder of damaged files: what became of them; raises InputError
 
 
 def mutate(random: Random, files: Files) -> Files:
     """One file damaged, sometimes two: half of the time in a way that suits its format."""
     changed = dict(files)
     for name in random.sample(sorted(files), min(random.choice((1, 1, 1, 2)), len(files))):
-        suits = SUFFIXES.get(Path(name).suffix)
+        suits = SUFFIXES.get(Path(name).suffix or Path(name).name)
         if random.random() < 0.01:
             changed[name] = noise(random, files[name])
         elif suits is None or random.random() < 0.4:
@@ -188,23 +179,10 @@ def _image(folder: Path) -> str:
 SUBJECTS = {
     "config": Subject(_config_examples, _config),
     "weights": Subject(_weight_examples, _weights),
+    "checkpoints": Subject(checkpoint_examples, look_at_checkpoint),
     "shards": Subject(_shard_examples, _shards),
     "images": Subject(_image_examples, _image),
+    "dicom": Subject(dicom_examples, look_at_packing),
+    "nifti": Subject(nifti_examples, look_at_packing),
+    "parquet": Subject(parquet_examples, look_at_packing),
 }
-
-
-def outcome(subject: Subject, folder: Path) -> str:
-    """What became of a case; raises what may not be."""
-    try:
-        return subject.look(folder)
-    except InputError as error:
-        assert str(error).strip(), "a refusal without a word"
-        return REFUSED
-
-
-def write_case(folder: Path, files: Files) -> None:
-    """The files of a case, and no others, in a folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)

@@ -43,13 +43,22 @@ def agree_on_classes(found: Summary, known: Sequence[str] | None) -> list[str]:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Class names in the order of their numbers, as an earlier run wrote them."""
+    """Class names in the order of their numbers, as an earlier run wrote them.
+
+    Raises:
+        InputError: the file holds something else.
+    """
     try:
-        return [str(name) for name in json.loads(path.read_text(encoding="utf-8"))]
-    except ValueError as error:
-        raise InputError(f"{path}: not a list of class names ({error}); --force writes it anew") from error
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(names, list):
+            raise ValueError(f"it holds one {type(names).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a list of class names ({error}); repair or remove it") from error
+    return [str(name) for name in names]
 
 
 def write_classes(path: Path, classes: Sequence[str]) -> None:
     """Write class names in the order of their numbers."""
-    path.write_text(json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(list(classes), indent=0, ensure_ascii=False) + "\n"
+    # a folder's name may hold bytes of no letter: so escaped, they are what JSON has for them
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from pretrain.data.inputs.optional import load_library
 from pretrain.data.inputs.source import Options
+from pretrain.data.retry import one_line
 from pretrain.errors import InputError
 
 DEFAULT_LABEL = "label"  # column; not used where it holds neither integers nor strings
@@ -31,17 +32,17 @@ def open_table(path: Path) -> Any:
     library = load_library("pyarrow.parquet")
     try:
         return library.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: is not a whole parquet file ({error})") from error
+    except Exception as error:  # pyarrow has an error of its own for each way to be damaged
+        raise InputError(f"{path}: is not a whole parquet file ({one_line(error)})") from error
 
 
 def find_columns(path: Path, options: Options) -> Columns:
     """The columns of images and of labels.
 
     Raises:
-        InputError: there is no column of images, or there are several and none is named.
+        InputError: there is no column of images, there are several and none is named, or two of one name.
     """
-    schema = open_table(path).schema_arrow
+    schema = _schema(path)
     images = [field.name for field in schema if _holds_images(field.type)]
     image = options.image_column or (images[0] if len(images) == 1 else None)
     if image is None:
@@ -50,6 +51,9 @@ def find_columns(path: Path, options: Options) -> Columns:
     if image not in images:
         raise InputError(f"{path}: --image-column {image}: holds no images; columns: {_types(schema)}")
     label = options.label_column or DEFAULT_LABEL
+    for name in (image, label):
+        if schema.names.count(name) > 1:
+            raise InputError(f"{path}: has {schema.names.count(name)} columns named {name}; rename them")
     kind = _label_kind(schema, label)
     if kind is None and options.label_column:
         raise InputError(
@@ -58,6 +62,15 @@ def find_columns(path: Path, options: Options) -> Columns:
     if kind is None:
         return Columns(image, None, False, ())
     return Columns(image, label, kind == "numbers", _class_names(schema, label))
+
+
+def _schema(path: Path) -> Any:
+    try:
+        return open_table(path).schema_arrow
+    except InputError:
+        raise
+    except Exception as error:  # as above: the types of the columns are looked at here
+        raise InputError(f"{path}: its columns cannot be read ({one_line(error)})") from error
 
 
 def _holds_images(kind: Any) -> bool:

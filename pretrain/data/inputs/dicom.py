@@ -30,6 +30,7 @@ from pretrain.data.inputs.source import (
     describe,
 )
 from pretrain.data.inputs.window import Values, Window, extremes, to_16_bits
+from pretrain.data.retry import one_line
 
 HASH_BYTES = 8  # two of a million patients share a hash with a probability of 3e-8
 
@@ -94,12 +95,7 @@ def _inspect(source: Source, options: Options) -> _File | Unreadable:
         header = read_header(source.path)
         return _File(source, header, None if options.window else _range(source.path, header))
     except Exception as error:  # the parser and decoders raise what they happen to meet
-        return Unreadable(source.name, _one_line(error))
-
-
-def _one_line(error: Exception) -> str:
-    """With the packages that are missing for a compressed file, which pydicom lists in lines."""
-    return " ".join(str(error).split()) or type(error).__name__
+        return Unreadable(source.name, one_line(error))
 
 
 def _range(path: Path, header: Header) -> tuple[float, float] | None:
@@ -138,7 +134,7 @@ def _encode(frame: _Frame, window: Window, numbers: Mapping[str, int], options: 
             levels = to_16_bits(_measured(pixels, header, frame.number), window, header.inverted)
         content = encode_png(levels)
     except Exception as error:  # as above
-        return Unreadable(name, _one_line(error))
+        return Unreadable(name, one_line(error))
     label = None if source.label_name is None else numbers[source.label_name]
     group = _group(source, header, options)
     about: dict[str, Any] = (

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.data.decode import DEFAULT
 from pretrain.data.inputs.optional import load_library
 from pretrain.data.inputs.window import Values
+from pretrain.data.pixels import check_size
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 UNKNOWN = "unspecified"  # units
@@ -37,14 +39,17 @@ def read_header(path: Path) -> Header:
     """The header of a file with pixels.
 
     Raises:
-        ValueError: the file holds no image, or one of an unknown kind.
+        ValueError: the file holds no image, one of an unknown kind, or claims more than it can hold.
     """
     dataset = load_library("pydicom").dcmread(path, stop_before_pixels=True)
     if "Rows" not in dataset or "PhotometricInterpretation" not in dataset:
         raise ValueError("a DICOM file without an image")
     if "ModalityLUTSequence" in dataset:
         raise ValueError("a table of values (Modality LUT) instead of slope and intercept is not supported")
-    frames = int(dataset.get("NumberOfFrames") or 1)
+    frames, there = int(dataset.get("NumberOfFrames") or 1), path.stat().st_size
+    if not 1 <= frames <= there:
+        raise ValueError(f"claims {frames:,} frames in a file of {there:,} bytes")
+    check_size(int(dataset.Columns), int(dataset.Rows), DEFAULT.max_pixels)
     kind = str(dataset.PhotometricInterpretation)
     return Header(
         frames=frames,

@@ -12,7 +12,7 @@ def group_by_rule(rule: str, name: str, path: PurePath) -> str:
     That is the first group of the expression, or all of what it matches where it has none.
 
     Raises:
-        InputError: the expression is not valid, or the name does not match it.
+        InputError: the expression is not valid, or finds nothing in the name.
     """
     if rule == "parent":
         return path.parent.name
@@ -23,4 +23,7 @@ def group_by_rule(rule: str, name: str, path: PurePath) -> str:
     match = expression.search(name)
     if match is None:
         raise InputError(f"--group-from {rule}: does not match {name}")
-    return str(match[min(expression.groups, 1)])
+    found: str | None = match[min(expression.groups, 1)]
+    if found is None:
+        raise InputError(f"--group-from {rule}: its first group takes no part in the match with {name}")
+    return found

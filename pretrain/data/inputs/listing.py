@@ -91,9 +91,10 @@ def _walk(src: Path) -> Iterator[Path]:
     """Every file below a folder, through links too: class folders are often links.
 
     Raises:
-        InputError: a link leads back to a folder above it, or a file is a pipe, socket or device.
+        InputError: a link leads back to a folder above it, a folder cannot be read, or a file is a pipe,
+            socket or device.
     """
-    for folder, folders, names in os.walk(src, followlinks=True):
+    for folder, folders, names in os.walk(src, onerror=_refuse_folder, followlinks=True):
         above = [path.resolve() for path in (Path(folder), *Path(folder).parents) if path.is_relative_to(src)]
         for link in (path for name in folders if (path := Path(folder, name)).is_symlink()):
             if any(
@@ -104,6 +105,11 @@ def _walk(src: Path) -> Iterator[Path]:
             if path.exists() and not path.is_file():  # reading it might wait for ever
                 raise InputError(f"{path}: is a pipe, socket or device; move it elsewhere")
             yield path
+
+
+def _refuse_folder(error: OSError) -> None:
+    """`os.walk` would leave it out without a word."""
+    raise InputError(f"{error.filename}: {error.strerror}; make it readable or move it elsewhere") from error
 
 
 def _drop_notes_of_tars(kinds: dict[Path, Kind | None]) -> None:
@@ -138,7 +144,7 @@ def _has_class_folders(src: Path, names: Sequence[Path]) -> bool:
 
 def _from_list(src: Path) -> Listing:
     try:
-        lines = src.read_text(encoding="utf-8").splitlines()
+        lines = src.read_text(encoding="utf-8-sig").splitlines()  # Windows begins a text with a mark
     except UnicodeDecodeError as error:
         raise InputError(f"{src}: neither a folder nor a text file with a path per line") from error
     files = [_from_line(src, i, line) for i, line in enumerate(lines, 1) if line.strip()]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pretrain.data.decode import DEFAULT
 from pretrain.data.inputs.groups import group_by_rule
 from pretrain.data.inputs.listing import Listing
 from pretrain.data.inputs.mixing import BLOCK_BYTES, in_threads, mix, shuffled
@@ -30,6 +31,8 @@ from pretrain.data.inputs.source import (
     describe,
 )
 from pretrain.data.inputs.window import Values, Window, extremes, to_16_bits
+from pretrain.data.pixels import check_size
+from pretrain.data.retry import one_line
 from pretrain.errors import InputError
 
 DEFAULT_AXIS = 2
@@ -86,6 +89,7 @@ def find(listing: Listing, options: Options) -> Volumes:
         _group(source, options)  # now, not when half of the shards are written
         try:
             shape = _shape(_open(source.path).shape)
+            check_size(*_plane(shape, axis), DEFAULT.max_pixels)
         except ValueError as error:
             unreadable.append(Unreadable(source.name, str(error)))
             continue
@@ -102,7 +106,7 @@ def _open(path: Path) -> Any:
     try:
         image = library.load(path)
     except Exception as error:  # its parsers raise what they happen to meet
-        raise ValueError(f"not a NIfTI file that can be read ({' '.join(str(error).split())})") from error
+        raise ValueError(f"not a NIfTI file that can be read ({one_line(error)})") from error
     if not isinstance(image, library.Nifti1Image):  # Nifti2Image is one too
         raise ValueError(f"holds no volume but a {type(image).__name__}")
     return image
@@ -115,7 +119,15 @@ def _shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     if not 2 <= len(shape) <= 4:
         raise ValueError(f"has {len(shape)} axes; images have 2 to 4")
     x, y, z, t = (*shape, 1, 1)[:4]
+    if min(x, y, z, t) < 1:
+        raise ValueError(f"has no voxels: {x} x {y} x {z} x {t}")
     return x, y, z, t
+
+
+def _plane(shape: tuple[int, int, int, int], axis: int) -> tuple[int, int]:
+    """Width and height of the slices across an axis."""
+    width, height = (shape[i] for i in range(3) if i != axis)
+    return width, height
 
 
 def _load(path: Path) -> _Volume:
@@ -126,7 +138,7 @@ def _load(path: Path) -> _Volume:
     try:
         stored = data.get_unscaled()
     except Exception as error:  # as above: cut files, damaged compression
-        raise ValueError(f"damaged ({' '.join(str(error).split())})") from error
+        raise ValueError(f"damaged ({one_line(error)})") from error
     if stored.dtype.kind not in "iuf":
         raise ValueError(f"holds voxels of type {stored.dtype}; only one number per voxel is supported")
     return _Volume(stored.reshape(_shape(stored.shape), order="F"), float(data.slope), float(data.inter))
@@ -160,10 +172,14 @@ def _encode(item: _Slice | Unreadable, numbers: Mapping[str, int], options: Opti
     levels, source = to_16_bits(item.values, item.window), item.source
     if levels.min() == levels.max():
         return Constant(item.name)
+    try:
+        content = encode_png(levels)
+    except ValueError as error:
+        return Unreadable(item.name, str(error))
     label = None if source.label_name is None else numbers[source.label_name]
     about = {"window": [item.window.low, item.window.high], "units": item.window.units}
     meta = describe(item.name, source.label_name, label, _group(source, options), **about)
-    return Encoded("png", encode_png(levels), label, meta)
+    return Encoded("png", content, label, meta)
 
 
 def _group(source: Source, options: Options) -> str:

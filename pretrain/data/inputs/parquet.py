@@ -20,6 +20,8 @@ from pretrain.data.inputs.source import (
     Unreadable,
     describe,
 )
+from pretrain.data.members import MAX_CLASS
+from pretrain.data.retry import one_line
 from pretrain.errors import InputError
 
 BATCH_ROWS = 32  # that are in memory as a table
@@ -106,8 +108,8 @@ def _label_names(path: Path, columns: Columns) -> set[str]:
     try:
         for batch in open_table(path).iter_batches(columns=[columns.label]):
             names |= set(batch.column(0).unique().to_pylist())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: column {columns.label} is damaged ({error})") from error
+    except Exception as error:  # pyarrow has an error of its own for each way to be damaged
+        raise InputError(f"{path}: column {columns.label} is damaged ({one_line(error)})") from error
     return names - {None}
 
 
@@ -123,15 +125,16 @@ def _rows(group: _RowGroup, columns: Columns) -> Iterator[_Row]:
                 label = row[columns.label] if columns.label else None
                 yield _Row(f"{name}#{number}", path / (inner or str(number)), image, inner, label)
                 number += 1
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: row group {group.number} is damaged ({error})") from error
+    except Exception as error:  # as above
+        raise InputError(f"{path}: row group {group.number} is damaged ({one_line(error)})") from error
 
 
 def _image_of(value: Any) -> tuple[bytes | None, str | None]:
     """The bytes of a cell and the path that it names."""
-    if isinstance(value, dict):
-        return value["bytes"], value.get("path")
-    return value, None
+    if not isinstance(value, dict):
+        return value, None
+    path = value.get("path")
+    return value["bytes"], path if isinstance(path, str) else None
 
 
 def _encode(row: _Row, columns: Columns, numbers: Mapping[str, int], options: Options) -> Result:
@@ -142,9 +145,9 @@ def _encode(row: _Row, columns: Columns, numbers: Mapping[str, int], options: Op
         if extension is None:
             raise ValueError("not an image in a known format")
         check_image(row.image)
+        label_name, label = _label(row.label, columns, numbers)
     except ValueError as error:
         return Unreadable(row.name, str(error))
-    label_name, label = _label(row.label, columns, numbers)
     rule = options.group_from
     group = group_by_rule(rule, row.inner or row.name, row.path) if rule else None
     more = {"path": row.inner} if row.inner else {}
@@ -157,6 +160,8 @@ def _label(value: Any, columns: Columns, numbers: Mapping[str, int]) -> tuple[st
         return None, None
     if not columns.numbered:
         return value, numbers[value]
+    if value > MAX_CLASS:
+        raise ValueError(f"its label {value} is larger than any class number")
     return (columns.classes[value] if value < len(columns.classes) else None), int(value)
 
 

@@ -46,5 +46,6 @@ def numbered(results: Iterable[Result], tally: Tally) -> Iterator[PackedSample]:
 
 def _count_window(meta: Mapping[str, Any], tally: Tally) -> None:
     match meta:
-        case {"window": [low, high], "units": units}:
+        # the notes of a tar that others wrote may hold anything under these names
+        case {"window": [int() | float() as low, int() | float() as high], "units": str() as units}:
             tally.windows[low, high, units] += 1

@@ -17,8 +17,8 @@ from pretrain.data.formats import COLOUR_BANDS
 from pretrain.data.inputs.optional import load_library
 from pretrain.data.inputs.png import encode_png
 from pretrain.data.pixels import check_size
+from pretrain.data.tiff import STARTS
 
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SUBFILE_TYPE, BITS, SAMPLES, EXTRA_SAMPLES = 254, 258, 277, 338  # tags
 REDUCED = 1  # in SUBFILE_TYPE: a smaller version of another page
 PREMULTIPLIED = 1  # in EXTRA_SAMPLES: Pillow would divide the colours by alpha
@@ -34,7 +34,7 @@ def full_pages(path: Path) -> list[int]:
         InputError: there are several, and tifffile is missing.
     """
     with path.open("rb") as file:
-        if file.read(4) not in TIFF_STARTS:
+        if file.read(4) not in STARTS:
             return []
     try:
         with Image.open(path, formats=["TIFF"]) as image:
