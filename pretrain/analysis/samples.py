@@ -46,6 +46,8 @@ def first_images(
         InputError: a shard cannot be used, or an image is damaged.
     """
     reader = Reader(list_shards(patterns, key_name))
+    if not sum(reader.sizes):
+        raise InputError(f"{key_name}: the shards hold no sample")
     order = Order(reader.sizes, seed=0, shuffle="none", open_shards=1)
     shift, scale = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
     images = []
@@ -53,7 +55,5 @@ def first_images(
         sample = order.at(position)
         item = reader.read(sample.shard, sample.index)
         images.append(prepare(item, key_name, resize, crop, channels, decoding))
-    if not images:
-        raise InputError(f"{key_name}: the shards hold no sample")
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return (stacked.float() / 255 - shift) / scale

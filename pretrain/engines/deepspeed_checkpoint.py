@@ -45,7 +45,8 @@ def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
         False when another engine wrote the checkpoint: nothing was read.
 
     Raises:
-        InputError: it is of another number of ranks and was not converted, wants to run code, or cannot be read.
+        InputError: it is of another number of ranks and was not converted, cannot be read, or wants to run
+            code.
     """
     saved = saved_ranks(folder)
     if not saved:

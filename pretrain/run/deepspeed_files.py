@@ -1,4 +1,4 @@
-"""Whether files that DeepSpeed wrote hold nothing but what it writes: DeepSpeed itself runs what a pickle says."""
+"""Whether DeepSpeed's files hold nothing but what it writes: DeepSpeed itself runs what a pickle says."""
 
 import re
 from collections.abc import Iterable

@@ -5,8 +5,9 @@ without running code from it.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import add, lt
 from pathlib import Path
 
 import torch
@@ -14,7 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import STORAGE_TYPES, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -67,12 +72,25 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     for name, entry in entries.items():
-        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel() or _overlap(entry.chunks):
             raise _damaged(folder, ValueError(f"{name} is not stored whole"))
     _check_bytes(folder, entries)
     tensors = {name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in entries.items()}
     load_tensors(folder, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _overlap(chunks: Sequence[ChunkStorageMetadata]) -> bool:
+    """Whether two parts of a tensor share a value; another one would then stay as memory happened to be."""
+    filled = [chunk for chunk in chunks if chunk.sizes.numel()]
+    parts = sorted((tuple(c.offsets), tuple(map(add, c.offsets, c.sizes))) for c in filled)
+    for i, (low, high) in enumerate(parts):
+        for other_low, other_high in parts[i + 1 :]:
+            if other_low[:1] >= high[:1]:
+                break  # nor does any that follows: they are sorted by their first rows
+            if all(map(lt, other_low, high)) and all(map(lt, low, other_high)):
+                return True
+    return False
 
 
 def _check_bytes(folder: Path, entries: Mapping[str, TensorStorageMetadata]) -> None:

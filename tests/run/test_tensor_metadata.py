@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from pretrain.errors import InputError
 from pretrain.run.tensors import read_tensors, save_tensors
@@ -63,6 +64,22 @@ def test_a_tensor_that_is_not_stored_whole_is_refused(folder: Path) -> None:
     changed(folder, lambda metadata: metadata.state_dict_metadata["a"].chunks.clear())
     with pytest.raises(InputError, match="a is not stored whole"):
         read_tensors(folder, "")
+
+
+@pytest.mark.parametrize("second", [(0, 0), (0, 1), (1, 0)])
+def test_parts_that_overlap_leave_no_memory_unfilled(folder: Path, second: tuple[int, int]) -> None:
+    """Their sizes add up to the whole: 2 x 3 values as 1 x 3 and 1 x 3."""
+    Part = ChunkStorageMetadata
+    first, size = Part(torch.Size((0, 0)), torch.Size((1, 3))), torch.Size((1, 3))
+
+    def split(metadata: Any) -> None:
+        metadata.state_dict_metadata["a"].chunks[:] = [first, Part(torch.Size(second), size)]
+
+    changed(folder, split)
+    whole = second == (1, 0)  # which fails for another reason: only one part is in the files
+    with pytest.raises(InputError, match="cannot be read" if whole else "a is not stored whole") as refused:
+        read_tensors(folder, "")
+    assert ("not stored whole" in str(refused.value)) != whole
 
 
 def test_metadata_that_leads_out_of_the_folder_is_refused(folder: Path) -> None:
