@@ -34,9 +34,7 @@ def checkpoint(tmp_path):
 
 
 def test_a_run_does_not_continue_from_it(checkpoint, tmp_path):
-    with pytest.raises(
-        InputError, match=r"rank_0\S*states\.pt: a pickle that wants to run posix\.mkdir"
-    ):
+    with pytest.raises(InputError, match=r"rank_0\S*states\.pt: a pickle that wants to run posix\.mkdir"):
         load_optimizer(None, checkpoint / "optim", ranks=1)
     assert not (tmp_path / "made").exists()
 
