@@ -32,7 +32,7 @@ from pretrain.method.base import Method
 from pretrain.method.branch import SSLBranch
 from pretrain.method.outputs import Observation, share_prototypes
 from pretrain.optim.schedules import Schedules, StepValues
-from pretrain.ranks import detect
+from pretrain.ranks import check_engine_kind, detect
 from pretrain.report import Report
 from pretrain.run.checkpoint import Checkpoints
 from pretrain.run.garbage import StepwiseCollector
@@ -77,23 +77,9 @@ def main(cfg: Config) -> int:
         TrainingError: too many steps in a row were bad, the data cannot be read any more, or a rank is gone.
         SystemExit: another rank failed.
     """
-    _refuse_other_ranks_than_the_engine_has(cfg)
+    check_engine_kind(cfg.engine.kind, detect(os.environ).world_size)
     with session(cfg.engine) as device:
         return _train(cfg, device)
-
-
-def _refuse_other_ranks_than_the_engine_has(cfg: Config) -> None:
-    ranks = detect(os.environ)
-    if cfg.engine.kind == "single" and ranks.world_size > 1:
-        raise InputError(
-            f"engine.kind=single trains in one process, but {ranks.world_size} were started "
-            f"({ranks.source}); use engine.kind=ddp, or start one"
-        )
-    if cfg.engine.kind in ("ddp", "fsdp2") and ranks.world_size == 1:
-        raise InputError(
-            f"engine.kind={cfg.engine.kind} trains in several processes, but one was started; use "
-            "engine.kind=single, or start more (launchers/local.py, torchrun, srun)"
-        )
 
 
 def _train(cfg: Config, device: torch.device) -> int:

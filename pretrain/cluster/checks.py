@@ -13,6 +13,7 @@ from pretrain.config.schema import Config
 from pretrain.data.shards import check_logged_shards, shard_names
 from pretrain.errors import InputError
 from pretrain.processes import started
+from pretrain.ranks import check_engine_kind
 from pretrain.run.checkpoint_folder import newest_step, require_complete
 
 OWN_LIMIT = ("--partition", "-p", "--time", "-t")  # options that say more than section cluster
@@ -27,6 +28,7 @@ def check_run(cfg: Config) -> int:
     Raises:
         InputError: one line that names the setting and the fix.
     """
+    check_engine_kind(cfg.engine.kind, world_size(cfg.cluster))
     micro_batch_size(cfg, world_size(cfg.cluster))
     _check_shards(cfg)
     _check_name(cfg)
