@@ -23,6 +23,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
         "command_line",
         "ranks",
         "records",
+        "redaction",
         "revision",
         "faults",
         "session",
@@ -36,6 +37,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
 ARROWS = {
     *{(name, "errors") for name in ("config", "ranks", "faults", "command_line")},
     *{("faults", "command_line"), ("faults", "records"), ("records", "command_line")},
+    *{(name, "redaction") for name in ("config", "command_line", "records", "faults")},
     *{("session", name) for name in ("config", "distributed", "errors", "faults", "ranks")},
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
     *{("engines", "run"), ("cluster", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
@@ -54,6 +56,7 @@ ARROWS = {
     },
 }
 NO_TORCH = [
+    "redaction",
     *("config", "cluster", "job", "cli", "command_line", "seeding", "errors", "ranks", "records", "revision"),
     *("data.shards", "data.index", "data.order", "data.remote", "data.retry", "data.cache"),
 ]
