@@ -15,7 +15,7 @@ import torch
 
 from pretrain import distributed
 from pretrain.batch import Batch
-from pretrain.config.derived import micro_batch_size, vit_shape
+from pretrain.config.derived import micro_batch_size, shard_settings, vit_shape
 from pretrain.config.schema import Config, Recomputed
 from pretrain.data.remote import is_remote
 from pretrain.data.shards import shard_names
@@ -88,15 +88,16 @@ def _without_missing_export(cfg: Config) -> Config:
 
 
 def _shards_line(cfg: Config) -> str:
+    settings = shard_settings(cfg.data)
     try:
-        names = shard_names(cfg.data.shards, "data.shards")
+        names = [name for key, patterns in settings.items() for name in shard_names(patterns, key)]
     except InputError as error:
         return f"{error}; noise takes their place here"
     remote = sum(map(is_remote, names))
     found = f"{len(names) - remote} shards exist" + (
         f", {remote} are remote (not looked at)" if remote else ""
     )
-    return f"data.shards: {found}; noise takes their place here"
+    return f"{', '.join(settings)}: {found}; noise takes their place here"
 
 
 def _refuse_impossible(cfg: Config, device: torch.device) -> Footprint:

@@ -17,9 +17,9 @@ NAME = (
 )
 NAMED = re.compile(  # a sign or an option tells them from words of a sentence
     rf"(?i)([\w-]*{NAME}=['\"]?|(?<!\S)--{NAME} +['\"]?"
-    r"|\bbearer +|\bauthorization: *basic +|(?<!\S)(?:-u|--user)[ =]?[^\s:]+:)[^&\s'\",;)]+"
+    r"|\bbearer +|\bauthorization: *basic +|(?<!\S)(?:-u|--user)[ =]?[^\s:]+:)(?!\.{3})[^&\s'\",;)]+"
 )
-KEY_VARIABLE = re.compile(r"(\b[A-Z][A-Z0-9_]*_KEY=['\"]?)[^&\s'\",;)]+")
+KEY_VARIABLE = re.compile(r"(\b[A-Z][A-Z0-9_]*_KEY=['\"]?)(?!\.{3})[^&\s'\",;)]+")
 PATTERNS = (PASSWORD, LONG_VALUE, NAMED, KEY_VARIABLE)
 
 
