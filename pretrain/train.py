@@ -25,7 +25,7 @@ from pretrain.engines.ddp import DdpEngine
 from pretrain.engines.deepspeed_start import build_deepspeed
 from pretrain.engines.fsdp2 import Fsdp2Engine
 from pretrain.engines.single import SingleEngine
-from pretrain.errors import InputError, TrainingError
+from pretrain.errors import InputError, TrainingError, first_line
 from pretrain.export import write_export
 from pretrain.faults import PeerError
 from pretrain.method.base import Method
@@ -87,7 +87,14 @@ def _train(cfg: Config, device: torch.device) -> int:
     with lock, Preemption(cfg.run.preemption_check_every) as preemption:
         records.note_training()
         distributed.barrier()  # nobody touches the folder before rank 0 holds its lock
-        run = build(cfg, device)
+        try:
+            run = build(cfg, device)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"model.arch={cfg.model.arch}: the device's memory is too small for weights and optimizer "
+                f"({first_line(error)}); take a smaller model, more devices with engine.kind=fsdp2, or see "
+                "what else uses the device"
+            ) from error
         if run.step >= cfg.run.steps:
             distributed.say(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
             return 0
@@ -96,7 +103,7 @@ def _train(cfg: Config, device: torch.device) -> int:
                 run_loop(run, report, preemption)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"the device's memory is full; raise engine.accumulation_steps ({error})"
+                f"the device's memory is full; raise engine.accumulation_steps ({first_line(error)})"
             ) from error
         distributed.barrier()  # the lock covers what the other ranks still write
     return 0 if run.step >= cfg.run.steps else STOPPED

@@ -94,7 +94,8 @@ def test_what_fits_stays_and_what_cannot_fit_is_refused() -> None:
     cfg = load_config(ROOT / "configs/vitl_mlp.yaml", ["engine.kind=fsdp2", "engine.accumulation_steps=2"])
     assert fitted(cfg) == (cfg, [])
     with pytest.raises(
-        InputError, match="cannot be spread over 64 devices: 32 groups are for a divisor of 32"
+        InputError,
+        match="cannot be spread over 64 devices: the number of groups, 32, must be a multiple of 64",
     ):
         fitted(replace(cfg, cluster=replace(cfg.cluster, nodes=8)))
 
