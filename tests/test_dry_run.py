@@ -8,6 +8,7 @@ from pretrain import distributed, dry_run
 from pretrain.config.schema import Config, HeadConfig, RmlpConfig, SourceConfig
 from pretrain.data.synthetic import noise_batch
 from pretrain.dry_run import Trainer, Trial, _refusal, _shards_line, _sizes
+from pretrain.dry_run_table import choice_rows
 from pretrain.errors import InputError
 from pretrain.export import write_export
 from pretrain.export.transform import Order, convert
@@ -188,7 +189,7 @@ def test_it_says_what_to_lower_and_what_the_recipe_would_take():
     trial = Trial(8, 1, {"draw": 0.0, "optimizer": 0.0}, 1.0, 0, 0, 0, 0)
 
     def fits(chosen):
-        rows = dict(dry_run._choice_rows(small_config(), Choice(chosen, own, best, 6), [trial], 24 * 2**30))
+        rows = dict(choice_rows(small_config(), Choice(chosen, own, best, 6), [trial], 24 * 2**30))
         return rows["fits"]
 
     assert fits(best) == (

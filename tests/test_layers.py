@@ -32,7 +32,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery", "cluster"},
     {"analysis", "sinder", "probing", "registers"},
-    {"start", "report", "train", "dry_run", "preflight", "job", "cli", "__main__"},
+    {"start", "report", "train", "dry_run", "dry_run_table", "preflight", "job", "cli", "__main__"},
 ]
 ARROWS = {
     *{(name, "errors") for name in ("config", "ranks", "faults", "command_line")},
@@ -48,6 +48,7 @@ ARROWS = {
         ("train", "start"),
         ("train", "report"),
         ("dry_run", "start"),
+        ("dry_run", "dry_run_table"),
         ("cli", "dry_run"),
         ("job", "train"),
         ("job", "preflight"),
