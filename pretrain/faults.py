@@ -31,7 +31,7 @@ LOST_POLLS = 3  # in a row without an answer, after which the process with the s
 
 
 class PeerError(RuntimeError):
-    """Another rank has failed, and the ranks have agreed to end; `distributed.session` finds out why."""
+    """Another rank has failed, and the ranks have agreed to end; `session` finds out why."""
 
 
 @dataclass(frozen=True)

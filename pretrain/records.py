@@ -1,7 +1,7 @@
 """What each process of a job writes down about itself, for the one that decides how it goes on. No torch.
 
 One file a rank and attempt, written at the start and completed at the end; a process that is killed leaves
-it incomplete. Without `begin` nothing is written: nobody reads it of a run started by hand. No torch.
+it incomplete. Without `begin` nothing is written: nobody reads it of a run started by hand.
 """
 
 import json
