@@ -97,6 +97,9 @@ def _table(found: Sequence[Status]) -> Table:
 
 def _logs(options: argparse.Namespace) -> int:
     folder = newest_job(options.run_dir)
+    processes = folder.read().world_size
+    if options.rank >= processes:
+        raise InputError(f"command line: --rank {options.rank}: the job has ranks 0 to {processes - 1}")
 
     def newest() -> Path | None:
         if options.batch:

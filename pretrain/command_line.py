@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from pretrain.errors import InputError, TrainingError, printable
+from pretrain.redaction import show_unexpected, without_secrets
 
 USAGE_ERROR = 2
 TRAINING_ERROR = 3
@@ -37,11 +38,15 @@ def status_of(error: BaseException) -> int:
 
 
 def exit_status(program: str, command: Callable[[], int]) -> int:
-    """The status of a command; wrong input and files that cannot be used end it with one line."""
+    """The status of a command; wrong input and files that cannot be used end it with one line.
+
+    An error that nobody expects passes through, and is shown by Python as always, but for secrets.
+    """
+    sys.excepthook = show_unexpected
     try:
         return command()
     except (InputError, OSError, TrainingError) as error:
-        print(f"{program}:", printable(str(error)), file=sys.stderr)
+        print(f"{program}:", without_secrets(printable(str(error))), file=sys.stderr)
         return status_of(error)
     except KeyboardInterrupt as error:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -5,7 +5,6 @@ are left out. A micro-batch that would not fit the memory or take too long is re
 the table says so.
 """
 
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,17 +14,25 @@ import torch
 
 from pretrain import distributed
 from pretrain.batch import Batch
-from pretrain.config.derived import micro_batch_size, vit_shape
+from pretrain.config.derived import micro_batch_size, shard_settings
 from pretrain.config.schema import Config, Recomputed
 from pretrain.data.remote import is_remote
 from pretrain.data.shards import shard_names
 from pretrain.data.synthetic import noise_batch
+from pretrain.dry_run_table import (
+    caution_rows,
+    choice_rows,
+    model_rows,
+    recipe_rows,
+    size_text,
+    step_rows,
+)
 from pretrain.engines.kept_memory import kept_memory
 from pretrain.engines.single import SingleEngine
 from pretrain.errors import InputError
 from pretrain.optim.schedules import Schedules
 from pretrain.run.ceiling import matrix_ceiling
-from pretrain.run.fastest_setting import SELECTIVE, USABLE, Choice, Kept, choose
+from pretrain.run.fastest_setting import USABLE, Kept, can_choose, choose
 from pretrain.run.flops import flops_per_image
 from pretrain.run.footprint import Footprint, crop_bytes, footprint, peak_memory, used_memory
 from pretrain.run.profiling import PhaseTimer
@@ -37,10 +44,6 @@ STEPS = 3  # of each size; the first is warm-up
 MAX_SECONDS = 30.0  # of a measured step
 MAX_MICRO_BATCHES = 2  # of a measured step; more of them would repeat the second
 MODES: tuple[Recomputed, ...] = ("none", "selective", "full")
-BUSY = 1.5  # times the cores; the step itself makes for a load of 1
-GIB = 2**30
-
-Row = tuple[str, str]
 
 
 def dry_run(cfg: Config) -> int:
@@ -60,11 +63,11 @@ def dry_run(cfg: Config) -> int:
     trainer, trials, note = _measure(cfg, device, memory, free)
     choice = choose(cfg, trials, _kept(cfg, trainer, trials[-1]), memory, free)
     rows = [
-        *_model_rows(cfg, device, memory),
-        *_step_rows(cfg, device, trials[-1], note),
-        *_recipe_rows(cfg, trials[-1], ceiling),
-        *_choice_rows(cfg, choice, trials, free),
-        *_caution_rows(device),
+        *model_rows(cfg, device, memory),
+        *step_rows(cfg, device, trials[-1], note),
+        *recipe_rows(cfg, trials[-1], ceiling),
+        *choice_rows(cfg, choice, trials, free),
+        *caution_rows(device),
     ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(["", *(f"{name:{width}}  {text}" for name, text in rows)]))
@@ -88,15 +91,16 @@ def _without_missing_export(cfg: Config) -> Config:
 
 
 def _shards_line(cfg: Config) -> str:
+    settings = shard_settings(cfg.data)
     try:
-        names = shard_names(cfg.data.shards, "data.shards")
+        names = [name for key, patterns in settings.items() for name in shard_names(patterns, key)]
     except InputError as error:
         return f"{error}; noise takes their place here"
     remote = sum(map(is_remote, names))
     found = f"{len(names) - remote} shards exist" + (
         f", {remote} are remote (not looked at)" if remote else ""
     )
-    return f"data.shards: {found}; noise takes their place here"
+    return f"{', '.join(settings)}: {found}; noise takes their place here"
 
 
 def _refuse_impossible(cfg: Config, device: torch.device) -> Footprint:
@@ -105,12 +109,10 @@ def _refuse_impossible(cfg: Config, device: torch.device) -> Footprint:
     if memory.total > free:
         raise InputError(
             f"model.arch={cfg.model.arch}: weights, gradients, AdamW's moments and teacher take "
-            f"{_size(memory.total)}, {_size(free)} are free; choose a smaller model or a larger device"
+            f"{size_text(memory.total)}, {size_text(free)} are free; choose a smaller model or a larger "
+            "device"
         )
     return memory
-
-
-# -- measuring
 
 
 class Trainer:
@@ -165,17 +167,12 @@ def _measure(
 
 def _kept(cfg: Config, trainer: Trainer, trial: Trial) -> Kept:
     """Bytes of an image that the blocks keep, for each checkpointing that the engine could have."""
-    if not _can_choose(cfg):
+    if not can_choose(cfg):
         return {cfg.engine.activation_checkpointing: 0.0}
     images = min(trial.images, cfg.data.group_size)
     small = replace(cfg, data=replace(cfg.data, group_size=images))
     kept = kept_memory(trainer.engine, next(_batches(small, trainer.engine.device, images, 1)))
     return {mode: kept.peak(mode) / images for mode in MODES}
-
-
-def _can_choose(cfg: Config) -> bool:
-    """Compiled blocks keep what the compiler decides, and DeepSpeed's engine has no checkpointing of ours."""
-    return not cfg.engine.compile and cfg.engine.kind != "deepspeed"
 
 
 def _sizes(cfg: Config) -> list[int]:
@@ -191,7 +188,7 @@ def _refusal(cfg: Config, trial: Trial, images: int, free: int) -> str:
     waiting = crop_bytes(cfg) * max(cfg.optim.global_batch_size - images * trial.micro_batches, 0)
     if need + waiting > USABLE * free:
         hint = ": raise engine.accumulation_steps" if images > cfg.data.group_size else ""
-        return f"{images:,} would take about {_size(need + waiting)}, {_size(free)} are free{hint}"
+        return f"{images:,} would take about {size_text(need + waiting)}, {size_text(free)} are free{hint}"
     return f"{images:,} would take about {seconds:,.0f} s a step" if seconds > MAX_SECONDS else ""
 
 
@@ -227,110 +224,3 @@ def _batches(cfg: Config, device: torch.device, images: int, count: int) -> Iter
     """Micro-batches as the loader hands them over."""
     for i in range(count):
         yield noise_batch(cfg, images, i * images).to(device)
-
-
-# -- the table
-
-
-def _model_rows(cfg: Config, device: torch.device, memory: Footprint) -> Iterator[Row]:
-    model, shape, data = cfg.model, vit_shape(cfg.model), cfg.data
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    yield "device", f"{name}; {cfg.engine.precision}, torch {torch.__version__}"
-    crops = f"2 crops of {data.global_crops.size} px, {data.local_crops.number} of {data.local_crops.size} px"
-    size = f"width {shape.embed_dim}, {shape.depth} blocks, {shape.num_heads} heads, patch {model.patch_size}"
-    yield "architecture", f"{model.arch}: {size}; {crops}"
-    drawn = f"; {memory.drawn / 1e6:.1f} M weights drawn a step" if memory.drawn else ""
-    yield "parameters", f"backbone {memory.backbone / 1e6:.1f} M, heads {memory.heads / 1e6:.1f} M{drawn}"
-    parts = f"student {_size(memory.branch)}, its gradients as much, AdamW {_size(memory.optimizer)}"
-    yield "memory, computed", f"{_size(memory.total)}: {parts}, teacher {_size(memory.branch)}"
-
-
-def _step_rows(cfg: Config, device: torch.device, trial: Trial, note: str) -> Iterator[Row]:
-    count, images = cfg.engine.accumulation_steps, micro_batch_size(cfg, distributed.world_size())
-    what = "tensors" if device.type == "cuda" else "the process"
-    waiting = crop_bytes(cfg) * images * (count - trial.micro_batches)
-    more = f"; the crops of the micro-batches not run take {_size(waiting)} more" if waiting else ""
-    yield "memory, peak", f"{_size(trial.peak)} ({what}){more}"
-    measured = f"{trial.micro_batches} x {trial.images:,} images a step; the recipe has {count} x {images:,}"
-    yield "measured", f"{measured} ({note})" if note else measured
-    parts = ", ".join(f"{name} {seconds:.2g}" for name, seconds in trial.phases.items())
-    yield "seconds per step", f"{sum(trial.phases.values()):.3g}: {parts}"
-
-
-def _recipe_rows(cfg: Config, trial: Trial, ceiling: float) -> Iterator[Row]:
-    images, work = cfg.optim.global_batch_size, flops_per_image(cfg)
-    seconds = trial.seconds(images)
-    rate = images / seconds
-    scaled = "" if images == trial.micro_batches * trial.images else " in proportion"
-    yield "the recipe's step", f"{images:,} images in {_number(seconds)} s{scaled}: {_number(rate)} images/s"
-    yield "matrix ceiling", f"{ceiling / 1e12:.3g} TFLOP/s, the fastest torch.mm in {cfg.engine.precision}"
-    heads = f"{100 * work.heads / sum(work):.1f} % of it in the heads"
-    yield "useful work", f"{sum(work) / 1e12:.4g} TFLOP per image, {heads}"
-    yield "share of ceiling", f"{100 * sum(work) * rate / ceiling:.1f} %"
-    total = cfg.run.steps * seconds
-    yield "the recipe", f"{cfg.run.steps:,} steps: {_duration(total)}, {total / 3600:,.1f} device-hours here"
-    later = f", the randomized heads from step {cfg.rmlp.start_step:,} on" if cfg.rmlp.start_step else ""
-    yield "not included", f"reading and augmenting images, checkpoints, logs, k-NN{later}"
-
-
-def _choice_rows(cfg: Config, choice: Choice, trials: Sequence[Trial], free: int) -> Iterator[Row]:
-    """The fastest setting that fits, and what of it is measured."""
-    best, own, by = choice.best, choice.own, f"of {choice.tried} by estimate"
-    if best is None:
-        least = f"{choice.smallest} takes about {_size(choice.smallest.peak)}, {_size(free)} are free"
-        lower = (
-            "data.group_size, data.local_crops.number, the heads' prototypes or rmlp.outputs, or model.arch"
-        )
-        yield "fits", f"none {by}: {least}; lower {lower}"
-    else:
-        sizes = f"(estimated peak {_size(best.peak)} of {_size(free)} free)"
-        if best == own:
-            yield "fits", f"{best} {sizes}: the recipe's own, the fastest {by}"
-        else:
-            yield "fits", f"{best} {sizes}; fastest {by}; {_gain(choice, free)}"
-    yield "estimated from", _origin(cfg, trials)
-
-
-def _gain(choice: Choice, free: int) -> str:
-    """What the advised setting has over the recipe's own."""
-    best, own = choice.best, choice.own
-    assert best is not None
-    if own.peak > USABLE * free:
-        return f"the recipe's own, {own}, would take about {_size(own.peak)}"
-    gain = 100 * (1 - best.seconds / own.seconds)
-    return f"about {gain:.0f} % less time a step than the recipe's own, {own}"
-
-
-def _origin(cfg: Config, trials: Sequence[Trial]) -> str:
-    """What was measured and what was not."""
-    sizes = " and ".join(f"{trial.images:,}" for trial in trials[-2:])
-    mode = cfg.engine.activation_checkpointing
-    measured = f"measured: time and peak with {sizes} images in a forward and {mode}, on one device"
-    if not _can_choose(cfg):
-        why = "engine.compile" if cfg.engine.compile else "engine.kind=deepspeed"
-        return f"{measured}; other checkpointing left out because of {why}"
-    again = f"its time from the forward's, for selective {SELECTIVE:.2g} of full's (assumed)"
-    counted = "counted: what blocks keep with other checkpointing"
-    return f"{measured}; {counted}; {again}; no other setting was run"
-
-
-def _caution_rows(device: torch.device) -> Iterator[Row]:
-    """Other work on the same cores shows in every time above."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if device.type == "cpu" and load > BUSY * cores:
-        yield "caution", f"the machine is busy (load {load:.1f} on {cores} cores); an idle one is faster"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / 2**20:,.0f} MiB"
-
-
-def _number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    """Days, hours and minutes."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 1440} d {minutes // 60 % 24} h {minutes % 60} min"

@@ -21,6 +21,7 @@ from torch.distributed import DistError
 from pretrain import records
 from pretrain.command_line import TRAINING_ERROR, status_of
 from pretrain.errors import InputError, TrainingError
+from pretrain.redaction import without_secrets
 
 NOTE = "fault"  # its key in the store
 LEFT = "left"  # number of ranks, other than the store's, that need it no more
@@ -30,7 +31,7 @@ LOST_POLLS = 3  # in a row without an answer, after which the process with the s
 
 
 class PeerError(RuntimeError):
-    """Another rank has failed, and the ranks have agreed to end; `distributed.session` finds out why."""
+    """Another rank has failed, and the ranks have agreed to end; `session` finds out why."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Fault:
 
 def fault_of(error: BaseException, rank: int) -> Fault:
     """What an error of this rank means for all."""
-    line, status = " ".join(str(error).split()), status_of(error)
+    line, status = without_secrets(" ".join(str(error).split())), status_of(error)
     match error:
         case InputError() | OSError() | TrainingError():
             return Fault(rank, status, line)

@@ -23,6 +23,7 @@ from pretrain.config.schema import Config
 from pretrain.errors import LostPeerError
 from pretrain.processes import let_threads_sleep
 from pretrain.ranks import FIRST_PORT, PORTS, STEPS_PER_JOB, Ranks, detect
+from pretrain.redaction import show_unexpected
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -58,6 +59,11 @@ def run(folder: JobFolder, own_log: bool = True) -> int:
         status = exit_status(name, lambda: _recorded(lambda: _train(load_config(folder.config), ranks)))
     except SystemExit as stop:
         status = int(stop.code or 0)
+    except Exception as error:
+        if not own_log:  # one process within the launcher, for a debugger
+            raise
+        show_unexpected(type(error), error, error.__traceback__)  # submitit would keep its secrets
+        status = 1
     if status not in (0, STOPPED):
         _leave(status)
     return status
@@ -120,7 +126,7 @@ def _listen(reader: int) -> None:
 def _write_to(log: Path) -> None:
     """Let all that this process prints, from libraries too, go to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)  # less the umask
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle, 1)

@@ -67,7 +67,7 @@ def check_nodes(cfg: Config, ranks: Ranks) -> list[Store]:
     meeting.check("clock", lambda: "", clocks=True)
     device = pick_device(cfg.engine.device, ranks)
     for name, size, rank, group in (
-        ("machine", ranks.local_world_size, ranks.local_rank, _node_index(ranks)),
+        ("machine", ranks.local_world_size, ranks.local_rank, ranks.rank - ranks.local_rank),
         ("network", ranks.world_size, ranks.rank, 0),
     ):
         meeting.check(name, partial(_add_up, meeting, f"{name}{group}", rank, size, device))
@@ -218,10 +218,6 @@ def node_of(rank: int, ranks: Ranks) -> str:
 def _nodes() -> Sequence[str]:
     listed = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     return expand_hosts(listed) if listed else [node_name()]
-
-
-def _node_index(ranks: Ranks) -> int:
-    return ranks.rank // ranks.local_world_size
 
 
 def _node_count(ranks: Ranks) -> int:

@@ -49,6 +49,28 @@ def detect(environ: Mapping[str, str]) -> Ranks:
     return SINGLE
 
 
+def check_engine_kind(kind: str, world_size: int) -> None:
+    """Refuse an engine that cannot train in so many processes; asked before a job is sent, and in it.
+
+    Args:
+        kind: `engine.kind`.
+        world_size: processes that train together.
+
+    Raises:
+        InputError: one line with the engine to use.
+    """
+    if kind == "single" and world_size > 1:
+        raise InputError(
+            f"engine.kind=single trains in one process, not in {world_size}; use engine.kind=ddp, or "
+            "start one"
+        )
+    if kind in ("ddp", "fsdp2") and world_size == 1:
+        raise InputError(
+            f"engine.kind={kind} trains in several processes, not in one; use engine.kind=single, or start "
+            "more (launchers/local.py, torchrun, srun)"
+        )
+
+
 def _explicit(environ: Mapping[str, str]) -> Ranks:
     alone = environ.get("WORLD_SIZE") == "1" and environ.get("RANK") == "0"
     missing = [name for name in NEEDED if not environ.get(name)]

@@ -1,7 +1,7 @@
 """What each process of a job writes down about itself, for the one that decides how it goes on. No torch.
 
 One file a rank and attempt, written at the start and completed at the end; a process that is killed leaves
-it incomplete. Without `begin` nothing is written: nobody reads it of a run started by hand. No torch.
+it incomplete. Without `begin` nothing is written: nobody reads it of a run started by hand.
 """
 
 import json
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pretrain.command_line import STOPPED, status_of
+from pretrain.redaction import without_secrets
 
 UNSAVED = "no save"  # signature of a process that a signal ended before it trained, or while it failed
 
@@ -79,13 +80,13 @@ def end_unsaved() -> None:
 
 def end_with(error: BaseException, is_cause: bool, bad_nodes: list[str]) -> None:
     """Write down the error that ends this process."""
-    status, text = status_of(error), " ".join(str(error).split())
+    status, text = status_of(error), without_secrets(" ".join(str(error).split()))
     _complete(
         status=status,
         line=text if status > 1 else f"{type(error).__name__}: {text}",
         is_cause=is_cause,
         signature=signature(error),
-        traceback="".join(traceback.format_exception(error)),
+        traceback=without_secrets("".join(traceback.format_exception(error))),
         bad_nodes=bad_nodes,
     )
 

@@ -12,7 +12,6 @@ from pretrain.config.derived import uses_rmlp, vit_shape
 from pretrain.config.load import config_text, diff_configs, load_config, save_config
 from pretrain.config.schema import Config
 from pretrain.data.loader import TrainLoader
-from pretrain.data.remote import shown
 from pretrain.engines.base import Engine
 from pretrain.errors import InputError
 from pretrain.export.fitting import fitted_backbone
@@ -23,6 +22,7 @@ from pretrain.method.build import build_method
 from pretrain.models.attention import resolve_backend
 from pretrain.models.init import init_weights
 from pretrain.models.vit import VisionTransformer
+from pretrain.redaction import without_secrets
 from pretrain.run.checkpoint import Checkpoints, load_checkpoint, read_document
 from pretrain.run.checkpoint_folder import newest_checkpoint
 from pretrain.run.environment import config_hash, describe
@@ -165,7 +165,7 @@ def record_run(cfg: Config, folder: Path) -> None:
     config = folder / "config.yaml"
     if config.exists():
         for change in _changes(config, cfg):
-            print(f"changed since the last start: {shown(change)}")
+            print(f"changed since the last start: {without_secrets(change)}")
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, config)
     (folder / "environment.txt").write_text(describe())

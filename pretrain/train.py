@@ -25,14 +25,14 @@ from pretrain.engines.ddp import DdpEngine
 from pretrain.engines.deepspeed_start import build_deepspeed
 from pretrain.engines.fsdp2 import Fsdp2Engine
 from pretrain.engines.single import SingleEngine
-from pretrain.errors import InputError, TrainingError
+from pretrain.errors import InputError, TrainingError, first_line
 from pretrain.export import write_export
 from pretrain.faults import PeerError
 from pretrain.method.base import Method
 from pretrain.method.branch import SSLBranch
 from pretrain.method.outputs import Observation, share_prototypes
 from pretrain.optim.schedules import Schedules, StepValues
-from pretrain.ranks import detect
+from pretrain.ranks import check_engine_kind, detect
 from pretrain.report import Report
 from pretrain.run.checkpoint import Checkpoints
 from pretrain.run.garbage import StepwiseCollector
@@ -77,23 +77,9 @@ def main(cfg: Config) -> int:
         TrainingError: too many steps in a row were bad, the data cannot be read any more, or a rank is gone.
         SystemExit: another rank failed.
     """
-    _refuse_other_ranks_than_the_engine_has(cfg)
+    check_engine_kind(cfg.engine.kind, detect(os.environ).world_size)
     with session(cfg.engine) as device:
         return _train(cfg, device)
-
-
-def _refuse_other_ranks_than_the_engine_has(cfg: Config) -> None:
-    ranks = detect(os.environ)
-    if cfg.engine.kind == "single" and ranks.world_size > 1:
-        raise InputError(
-            f"engine.kind=single trains in one process, but {ranks.world_size} were started "
-            f"({ranks.source}); use engine.kind=ddp, or start one"
-        )
-    if cfg.engine.kind in ("ddp", "fsdp2") and ranks.world_size == 1:
-        raise InputError(
-            f"engine.kind={cfg.engine.kind} trains in several processes, but one was started; use "
-            "engine.kind=single, or start more (launchers/local.py, torchrun, srun)"
-        )
 
 
 def _train(cfg: Config, device: torch.device) -> int:
@@ -101,7 +87,14 @@ def _train(cfg: Config, device: torch.device) -> int:
     with lock, Preemption(cfg.run.preemption_check_every) as preemption:
         records.note_training()
         distributed.barrier()  # nobody touches the folder before rank 0 holds its lock
-        run = build(cfg, device)
+        try:
+            run = build(cfg, device)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"model.arch={cfg.model.arch}: the device's memory is too small for weights and optimizer "
+                f"({first_line(error)}); take a smaller model, more devices with engine.kind=fsdp2, or see "
+                "what else uses the device"
+            ) from error
         if run.step >= cfg.run.steps:
             distributed.say(f"{run.folder}: finished at step {run.step}; set run.steps higher to train on")
             return 0
@@ -110,7 +103,7 @@ def _train(cfg: Config, device: torch.device) -> int:
                 run_loop(run, report, preemption)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"the device's memory is full; raise engine.accumulation_steps ({error})"
+                f"the device's memory is full; raise engine.accumulation_steps ({first_line(error)})"
             ) from error
         distributed.barrier()  # the lock covers what the other ranks still write
     return 0 if run.step >= cfg.run.steps else STOPPED

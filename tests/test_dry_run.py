@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from pretrain import distributed, dry_run
-from pretrain.config.schema import Config, HeadConfig, RmlpConfig
+from pretrain.config.schema import Config, HeadConfig, RmlpConfig, SourceConfig
 from pretrain.data.synthetic import noise_batch
-from pretrain.dry_run import Trainer, Trial, _refusal, _sizes
+from pretrain.dry_run import Trainer, Trial, _refusal, _shards_line, _sizes
+from pretrain.dry_run_table import choice_rows
 from pretrain.errors import InputError
 from pretrain.export import write_export
 from pretrain.export.transform import Order, convert
@@ -48,6 +49,19 @@ def test_it_reads_nothing_writes_nothing_and_projects(tmp_path, monkeypatch, cap
     assert rows["measured"] == "1 x 8 images a step; the recipe has 1 x 8"
     assert rows["the recipe"].startswith("20 steps: 0 d 0 h")
     assert "reading and augmenting images" in rows["not included"]
+
+
+def test_shards_of_several_sources_are_looked_for(tmp_path):
+    (tmp_path / "a.tar").touch()
+    sources = [
+        SourceConfig([f"{tmp_path}/a.tar", "https://host/b.tar"]),
+        SourceConfig([f"{tmp_path}/c-*.tar"]),
+    ]
+    data = replace(small_config().data, shards=[], sources=sources[:1])
+    line = "data.sources.0.shards: 1 shards exist, 1 are remote (not looked at); noise takes their place here"
+    assert _shards_line(small_config(data=data)) == line
+    line = _shards_line(small_config(data=replace(data, sources=sources)))
+    assert line.startswith(f"data.sources.1.shards: no shard matches {tmp_path}/c-*.tar; noise takes")
 
 
 def test_the_share_is_work_times_rate_over_ceiling(capsys):
@@ -175,7 +189,7 @@ def test_it_says_what_to_lower_and_what_the_recipe_would_take():
     trial = Trial(8, 1, {"draw": 0.0, "optimizer": 0.0}, 1.0, 0, 0, 0, 0)
 
     def fits(chosen):
-        rows = dict(dry_run._choice_rows(small_config(), Choice(chosen, own, best, 6), [trial], 24 * 2**30))
+        rows = dict(choice_rows(small_config(), Choice(chosen, own, best, 6), [trial], 24 * 2**30))
         return rows["fits"]
 
     assert fits(best) == (

@@ -23,6 +23,7 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
         "command_line",
         "ranks",
         "records",
+        "redaction",
         "revision",
         "faults",
         "session",
@@ -31,11 +32,12 @@ ROWS = [  # a module imports from lower rows, from its own package, or along an 
     {"models", "heads", "losses", "method", "optim", "data"},
     {"engines", "run", "export", "surgery", "cluster"},
     {"analysis", "sinder", "probing", "registers"},
-    {"start", "report", "train", "dry_run", "preflight", "job", "cli", "__main__"},
+    {"start", "report", "train", "dry_run", "dry_run_table", "preflight", "job", "cli", "__main__"},
 ]
 ARROWS = {
     *{(name, "errors") for name in ("config", "ranks", "faults", "command_line")},
     *{("faults", "command_line"), ("faults", "records"), ("records", "command_line")},
+    *{(name, "redaction") for name in ("config", "command_line", "records", "faults")},
     *{("session", name) for name in ("config", "distributed", "errors", "faults", "ranks")},
     *{("method", "models"), ("method", "heads"), ("method", "losses")},
     *{("engines", "run"), ("cluster", "run"), ("export", "surgery"), ("export", "run"), ("surgery", "run")},
@@ -46,6 +48,7 @@ ARROWS = {
         ("train", "start"),
         ("train", "report"),
         ("dry_run", "start"),
+        ("dry_run", "dry_run_table"),
         ("cli", "dry_run"),
         ("job", "train"),
         ("job", "preflight"),
@@ -54,6 +57,7 @@ ARROWS = {
     },
 }
 NO_TORCH = [
+    "redaction",
     *("config", "cluster", "job", "cli", "command_line", "seeding", "errors", "ranks", "records", "revision"),
     *("data.shards", "data.index", "data.order", "data.remote", "data.retry", "data.cache"),
 ]

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,12 +58,16 @@ def test_a_full_disk_is_a_fault_of_the_machine_unless_it_is_shared(monkeypatch: 
     assert check_nodes(config(), SINGLE) == []
 
 
-def _check(rank: int, port: int, seconds: float, pipe: Connection) -> None:
+ONE_EACH = ((0, 1), (0, 1), (0, 1))  # local rank and local number of ranks, by rank
+ONE_AND_TWO = ((0, 1), (0, 2), (1, 2))
+
+
+def _check(rank: int, places: Sequence[tuple[int, int]], port: int, seconds: float, pipe: Connection) -> None:
     import os
 
     os.environ |= {"SLURM_JOB_NODELIST": "gpu[1-3]", "SLURMD_NODENAME": f"gpu{rank + 1}"}
     try:
-        kept = check_nodes(config(seconds), Ranks(rank, 3, 0, 1, "127.0.0.1", port, "slurm"))
+        kept = check_nodes(config(seconds), Ranks(rank, 3, *places[rank], "127.0.0.1", port, "slurm"))
     except Exception as error:
         pipe.send((type(error).__name__, str(error), getattr(error, "nodes", [])))
     else:
@@ -71,12 +76,14 @@ def _check(rank: int, port: int, seconds: float, pipe: Connection) -> None:
         kept.clear()
 
 
-def check(ranks: list[int], seconds: float) -> list[tuple[str, str, list[str]]]:
+def check(
+    ranks: list[int], seconds: float, places: Sequence[tuple[int, int]] = ONE_EACH
+) -> list[tuple[str, str, list[str]]]:
     """What each of these ranks of three says."""
     context, port = multiprocessing.get_context("spawn"), free_port()
     pipes = [context.Pipe() for _ in ranks]
     processes = [
-        context.Process(target=_check, args=(rank, port, seconds, pipe[1]))
+        context.Process(target=_check, args=(rank, places, port, seconds, pipe[1]))
         for rank, pipe in zip(ranks, pipes, strict=True)
     ]
     for process in processes:
@@ -90,8 +97,8 @@ def check(ranks: list[int], seconds: float) -> list[tuple[str, str, list[str]]]:
 
 
 @pytest.mark.dist
-def test_machines_that_are_well_pass() -> None:
-    assert check([0, 1, 2], 60) == [("", "", [])] * 3
+def test_machines_that_are_well_pass_with_unlike_numbers_of_ranks() -> None:
+    assert check([0, 1, 2], 60, ONE_AND_TWO) == [("", "", [])] * 3
 
 
 @pytest.mark.dist

@@ -22,4 +22,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("universal", main))
+    sys.exit(exit_status("universal.py", main))

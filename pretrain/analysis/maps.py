@@ -10,7 +10,7 @@ from typing import Self, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pretrain.config.derived import prefix_tokens
@@ -20,6 +20,7 @@ from pretrain.models.block import Block
 from pretrain.models.packing import Layout
 from pretrain.models.vit import VisionTransformer
 from pretrain.run.durable import publish
+from pretrain.run.safetensors_file import write_safetensors
 
 OUTLIERS = 0.02  # share of the tokens at either end of a component that get its darkest and brightest value
 
@@ -74,7 +75,7 @@ class PatchPca:
         """Write the basis to a .safetensors file, in one step."""
         temporary = path.with_name(path.name + ".tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, temporary)
+        write_safetensors(temporary, {name: value.contiguous() for name, value in vars(self).items()})
         publish(temporary, path)
 
     @classmethod

@@ -8,11 +8,12 @@ from pathlib import Path
 from pretrain.cluster import scheduler
 from pretrain.cluster.job_folder import Job, job_folders
 from pretrain.cluster.layout import world_size
-from pretrain.config.derived import micro_batch_size
+from pretrain.config.derived import micro_batch_size, shard_settings
 from pretrain.config.schema import Config
 from pretrain.data.shards import check_logged_shards, shard_names
 from pretrain.errors import InputError
 from pretrain.processes import started
+from pretrain.ranks import check_engine_kind
 from pretrain.run.checkpoint_folder import newest_step, require_complete
 
 OWN_LIMIT = ("--partition", "-p", "--time", "-t")  # options that say more than section cluster
@@ -27,6 +28,7 @@ def check_run(cfg: Config) -> int:
     Raises:
         InputError: one line that names the setting and the fix.
     """
+    check_engine_kind(cfg.engine.kind, world_size(cfg.cluster))
     micro_batch_size(cfg, world_size(cfg.cluster))
     _check_shards(cfg)
     _check_name(cfg)
@@ -73,12 +75,8 @@ def check_with_slurm(cfg: Config, script: str) -> str:
 def _check_shards(cfg: Config) -> None:
     """All shards that the run reads are there."""
     check_logged_shards(cfg.log)
-    named = {f"data.sources.{i}.shards": source.shards for i, source in enumerate(cfg.data.sources)}
-    if not cfg.data.sources:
-        named["data.shards"] = cfg.data.shards
-    for key, patterns in named.items():
-        if patterns:
-            shard_names(patterns, key)
+    for key, patterns in shard_settings(cfg.data).items():
+        shard_names(patterns, key)
 
 
 def _check_name(cfg: Config) -> None:

@@ -62,7 +62,8 @@ def _accumulation(cfg: Config, devices: int) -> int:
         most = batch // group
         raise InputError(
             f"optim.global_batch_size={batch} in groups of data.group_size={group} cannot be spread over "
-            f"{devices} devices: {most} groups are for a divisor of {most}; change one of the three"
+            f"{devices} devices: the number of groups, {most}, must be a multiple of {devices}; change "
+            "one of the three"
         )
     at_once = batch // given // group  # groups in a forward of one device
     return next(steps for steps in range(1, groups + 1) if groups % steps == 0 and groups // steps <= at_once)

@@ -21,7 +21,7 @@ from pretrain.cluster.job_folder import Job, JobFolder, Kind, Limits, new_job_fo
 from pretrain.cluster.layout import cpus_per_task, job_name, tasks_per_node, with_absolute_paths, world_size
 from pretrain.cluster.script import batch_script
 from pretrain.cluster.snapshot import take_snapshot
-from pretrain.config.load import save_config
+from pretrain.config.load import holds_secrets, save_config
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
 from pretrain.processes import started
@@ -49,6 +49,11 @@ class _Executor(submitit.SlurmExecutor):
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return batch_script(self.cfg, self.job_folder, self.code, shlex.quote(sys.executable), command)
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        if holds_secrets(self.cfg):  # by the mode: Slurm would hand a umask on to the job
+            submission_file_path.chmod(0o600)
+        return super()._make_submission_command(submission_file_path)
 
 
 def interpreter(cfg: Config) -> str:

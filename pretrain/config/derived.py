@@ -3,7 +3,15 @@
 import math
 from typing import NamedTuple
 
-from pretrain.config.schema import Config, HeadConfig, HeadKind, IbotHeadConfig, ModelConfig, OptimConfig
+from pretrain.config.schema import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    HeadKind,
+    IbotHeadConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from pretrain.errors import InputError
 
 ARCHITECTURES = {  # (embed_dim, depth, num_heads), DINOv2's names and numbers
@@ -33,6 +41,13 @@ def ffn_hidden_dim(model: ModelConfig) -> int:
     """Hidden width of the feed-forward layer; SwiGLU takes 2/3 of it, rounded up to a multiple of 8."""
     hidden = int(vit_shape(model).embed_dim * model.ffn_ratio)
     return (int(hidden * 2 / 3) + 7) // 8 * 8 if model.ffn_layer == "swiglu" else hidden
+
+
+def shard_settings(data: DataConfig) -> dict[str, list[str]]:
+    """The shards that training reads, by the setting that names them: `data.shards` or those of sources."""
+    if data.sources:
+        return {f"data.sources.{i}.shards": source.shards for i, source in enumerate(data.sources)}
+    return {"data.shards": data.shards}
 
 
 def position_grid(model: ModelConfig) -> tuple[int, int]:

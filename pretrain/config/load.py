@@ -21,6 +21,7 @@ from pretrain.config.home import expand_home
 from pretrain.config.keys import flatten, settings
 from pretrain.config.schema import Config
 from pretrain.errors import InputError
+from pretrain.redaction import holds_secret
 
 COMMAND_LINE = "command line"
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)=(?P<value>.*)", re.DOTALL)
@@ -79,14 +80,24 @@ def config_text(cfg: Config) -> str:
 
 
 def save_config(cfg: Config, path: str | Path) -> None:
-    """Write `config_text` in one step: a reader sees the old file or the new one, never a part."""
+    """Write `config_text` in one step: a reader sees the old file or the new one, never a part.
+
+    A config with a password is for its owner alone, whatever the umask.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    mode = 0o600 if holds_secrets(cfg) else 0o666
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(config_text(cfg))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def holds_secrets(cfg: Config) -> bool:
+    """Whether a setting holds a password: in an address, a command, or a line of `cluster.setup`."""
+    return any(holds_secret(str(value)) for value in settings(cfg).values())
 
 
 def diff_configs(old: Config, new: Config) -> list[str]:

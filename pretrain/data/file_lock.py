@@ -60,17 +60,17 @@ class FileLock:
 
     def _create(self) -> bool:
         try:
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
         pid = os.getpid()
-        self._owner = {"host": _host(), "pid": pid, "started": started(pid), "id": os.urandom(8).hex()}
+        self._owner = {"host": this_host(), "pid": pid, "started": started(pid), "id": os.urandom(8).hex()}
         with os.fdopen(handle, "w") as file:
             json.dump(self._owner, file)
         return True
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
-        if holder.get("host") == _host() and started(holder.get("pid")) != holder.get("started"):
+        if holder.get("host") == this_host() and started(holder.get("pid")) != holder.get("started"):
             return True
         stamp, now = last_change(self.path), time.monotonic()
         if stamp != self._seen[0]:
@@ -107,7 +107,7 @@ class _Heart:
                 os.utime(self.path)
 
 
-def _host() -> str:
+def this_host() -> str:
     """This machine and its process table: containers of one machine may have a table each."""
     try:
         return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"

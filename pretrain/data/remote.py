@@ -5,9 +5,9 @@ import re
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from pretrain.redaction import without_secrets
+
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-PASSWORD = re.compile(r"(://)[^/\s]*@")  # up to the last @ before the path: a password may hold one
-LONG_VALUE = re.compile(r"([?&][^=&\s]*=)[^&\s'\"]{13,}")  # of a parameter: a signature or a token
 NAMED_SECRET = re.compile(  # of a parameter, a header or an option, however short
     r"(?i)((?:token|secret|password|passwd|signature|api_?key|access_?key)[=: ]+|bearer +|basic +)"
     r"[^&\s'\"]+"
@@ -38,7 +38,7 @@ def local_path(name: str) -> str:
 
 def shown(url: str) -> str:
     """The address for messages, without passwords and long parameters, which may be secret."""
-    return NAMED_SECRET.sub(r"\1...", LONG_VALUE.sub(r"\1...", PASSWORD.sub(r"\1", url)))
+    return NAMED_SECRET.sub(r"\1...", without_secrets(url))
 
 
 def cache_name(url: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pretrain.errors import InputError, TrainingError
+from pretrain.redaction import without_secrets
 
 FIRST_DELAY, LONGEST_DELAY = 1.0, 30.0  # seconds; doubled from one to the other
 JITTER = 0.25  # the longest addition to a delay, as a share of it
@@ -40,7 +41,7 @@ def retry(action: Callable[[], T], place: str, attempts: int, first_delay: float
         try:
             return action()
         except OSError as error:
-            reason = one_line(error)
+            reason = without_secrets(one_line(error))
             if is_final(error):
                 raise InputError(f"{place}: {reason}") from error
             if attempt == attempts:

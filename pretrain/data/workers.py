@@ -24,6 +24,7 @@ import torch
 from pretrain.data.group import GroupMaker, GroupReport
 from pretrain.data.slots import LocalSlots, SharedFile, SharedSlots
 from pretrain.errors import InputError, TrainingError
+from pretrain.redaction import without_secrets
 
 IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 POLL_SECONDS = 1.0
@@ -65,7 +66,7 @@ def work(maker: GroupMaker, slots: SharedSlots, tasks: Connection, trace: Shared
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the training process has ended, or wants no more
     except BaseException:
-        os.write(trace.descriptor, traceback.format_exc().encode())
+        os.write(trace.descriptor, without_secrets(traceback.format_exc()).encode())
         os._exit(1)
 
 

@@ -5,13 +5,13 @@ computes what the first one did. Names of parameters do not change.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Mode = Literal["none", "selective", "full"]
+from pretrain.config.schema import Recomputed
 
 aten = torch.ops.aten
 KEPT = frozenset(  # dear to compute, and small beside what lies between them
@@ -36,7 +36,7 @@ KEPT_BY_NAME = frozenset(  # likewise; they exist once their package is imported
 )
 
 
-def checkpoint_activations(blocks: Iterable[nn.Module], mode: Mode) -> None:
+def checkpoint_activations(blocks: Iterable[nn.Module], mode: Recomputed) -> None:
     """Let each block compute its activations again in the backward pass.
 
     Args:

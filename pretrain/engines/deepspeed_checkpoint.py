@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pretrain.engines.deepspeed_environment import prepare_environment
-from pretrain.errors import InputError
+from pretrain.errors import InputError, first_line
 from pretrain.run.deepspeed_files import check_harmless
 from pretrain.run.together import Together
 
@@ -61,21 +61,25 @@ def load_optimizer(engine: Any, folder: Path, ranks: int) -> bool:
     _check_together(folder / tag)
     optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    engine._config.load_universal_checkpoint = universal
+    _read(engine, folder, tag)
+    _repair(optimizer, groups)
+    return True
+
+
+def _read(engine: Any, folder: Path, tag: str) -> None:
+    """Let DeepSpeed read one of the two forms; what goes wrong is one line."""
+    engine._config.load_universal_checkpoint = tag == UNIVERSAL
     try:
         found, _ = engine.load_checkpoint(str(folder), tag=tag, load_lr_scheduler_states=False)
     except Exception as error:  # a damaged file, or another stage, fails in whichever way it leads to
-        reason = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"{folder}: cannot be read ({type(error).__name__}: {reason}); use the "
+            f"{folder}: cannot be read ({type(error).__name__}: {first_line(error)}); use the "
             "engine.deepspeed.stage that wrote it, or continue from another checkpoint"
         ) from error
     finally:
         engine._config.load_universal_checkpoint = False
     if found is None:
         raise InputError(f"{folder}: holds no complete optimizer state; continue from another checkpoint")
-    _repair(optimizer, groups)
-    return True
 
 
 def _check_together(folder: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.batch import Batch
-from pretrain.engines.activations import Mode, is_kept
+from pretrain.config.schema import Recomputed
+from pretrain.engines.activations import is_kept
 from pretrain.engines.single import SingleEngine
 from pretrain.models.block import Block
 
@@ -26,7 +27,7 @@ class KeptMemory(NamedTuple):
     full: int
     block: int  # of the block that keeps most with none: what computing a block again brings back
 
-    def peak(self, mode: Mode) -> int:
+    def peak(self, mode: Recomputed) -> int:
         """The most that is there at once: with checkpointing also the block that is computed again."""
         return self.none if mode == "none" else getattr(self, mode) + self.block
 

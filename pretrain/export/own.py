@@ -16,12 +16,12 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.config.schema import ModelConfig
 from pretrain.errors import InputError, first_line
 from pretrain.run.durable import publish
+from pretrain.run.safetensors_file import write_safetensors
 from pretrain.surgery.architecture import check_section
 
 FORMAT = "pretrain-export-1"
@@ -83,7 +83,7 @@ def _written(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str
         if path.suffix == ".pth":
             torch.save(separate(state), temporary)
         else:
-            save_file(separate(state), temporary, metadata={"format": "pt", **metadata})
+            write_safetensors(temporary, separate(state), {"format": "pt", **metadata})
         yield temporary
     except (OSError, SafetensorError, RuntimeError) as error:  # torch's zip writer: a RuntimeError
         raise InputError(f"{path}: the export cannot be written ({error})") from error

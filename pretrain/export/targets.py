@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.config.schema import ModelConfig
@@ -17,6 +16,7 @@ from pretrain.export.folders import WEIGHTS
 from pretrain.export.model_configs import CONFIG, hugging_face_config, image_processor, timm_config
 from pretrain.export.own import ENTRY, check_name, description_text, separate, write_export
 from pretrain.run.durable import sync
+from pretrain.run.safetensors_file import write_safetensors
 from pretrain.surgery.conversion import Target, write_layout
 from pretrain.surgery.layouts import DEFAULT_CHUNKS
 
@@ -108,7 +108,7 @@ def _write_folder(
         temporary, replaced = work / "new", work / "old"
         temporary.mkdir()
         metadata = {"format": "pt", ENTRY: description_text(model, about)}
-        save_file(separate(named), temporary / WEIGHTS[0], metadata=metadata)
+        write_safetensors(temporary / WEIGHTS[0], separate(named), metadata)
         for name, document in documents.items():
             (temporary / name).write_text(json.dumps(document, indent=2) + "\n")
         for file in [*temporary.iterdir(), temporary]:

@@ -71,6 +71,14 @@ def choose(cfg: Config, trials: Sequence[Trial], kept: Kept, memory: Footprint, 
     return Choice(best, own, min(found, key=lambda e: e.peak), len(found))
 
 
+def can_choose(cfg: Config) -> bool:
+    """Whether there is another checkpointing to choose.
+
+    Compiled blocks keep what the compiler decides, and DeepSpeed's engine has no checkpointing of ours.
+    """
+    return not cfg.engine.compile and cfg.engine.kind != "deepspeed"
+
+
 def _accumulations(cfg: Config) -> list[int]:
     """Micro-batches of a step on one device, each of whole groups."""
     groups = cfg.optim.global_batch_size // cfg.data.group_size

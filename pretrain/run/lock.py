@@ -1,14 +1,13 @@
 """One process at a time on a run folder, on any file system.
 
 The lock is a file made with O_EXCL, which is atomic on NFS too; locks of the kernel (flock) are not reliable
-there. Its owner rewrites its time of change every few seconds. After a kill it stays behind: on the same
-machine the process table tells, on another one a lock that is not touched for `STALE_SECONDS` has no owner
-any more. Only changes of the time stamp count, so clocks need not agree.
+there. Its owner rewrites its time of change every few seconds. After a kill it stays behind: the process
+table tells, where both share it; on another machine, or in another container, a lock that is not touched for
+`STALE_SECONDS` has no owner any more. Only changes of the time stamp count, so clocks need not agree.
 """
 
 import json
 import os
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pretrain.data.file_lock import last_change, read_owner
+from pretrain.data.file_lock import last_change, read_owner, this_host
 from pretrain.errors import InputError
 from pretrain.processes import started
 
@@ -29,7 +28,7 @@ class RunLock:
 
     def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS) -> None:
         self.folder, self.path, self.stale_seconds = folder, folder / "run.lock", stale_seconds
-        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid())}
+        self.owner = {"host": this_host(), "pid": os.getpid(), "started": started(os.getpid())}
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="run-lock", daemon=True)
 
@@ -63,7 +62,7 @@ class RunLock:
 
     def _create(self) -> bool:
         try:
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
         with os.fdopen(handle, "w") as file:
@@ -74,12 +73,12 @@ class RunLock:
         """Remove a lock without an owner, or raise; a rename does it, so that one of two rivals succeeds."""
         holder = read_owner(self.path)
         if self._alive(holder):
-            place = f"process {holder.get('pid')} on {holder.get('host')}"
+            who = _told(holder or read_owner(self.path))
             raise InputError(
-                f"{self.folder}: {place} is training in this folder; wait for it, stop it, or set "
+                f"{self.folder}: {who} is training in this folder; wait for it, stop it, or set "
                 "another run.dir"
             )
-        grave = self.path.with_name(f"run.lock.{self.owner['host']}.{self.owner['pid']}")
+        grave = self.path.with_name(f"run.lock.{os.urandom(4).hex()}")
         with suppress(FileNotFoundError):
             self.path.replace(grave)
             if read_owner(grave) != holder:  # a rival was faster, and this is its new lock
@@ -107,3 +106,9 @@ class RunLock:
                 os.utime(self.path)
             except OSError:
                 continue  # a network disk that is away for a while
+
+
+def _told(holder: dict[str, Any]) -> str:
+    """A holder, for people; one that has not written its name yet is none but "another process"."""
+    host = str(holder.get("host")).partition(" ")[0]
+    return f"process {holder.get('pid')} on {host}" if holder else "another process"

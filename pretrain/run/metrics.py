@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -94,6 +95,7 @@ class MetricLog:
         first = steps_done + 1 if steps_done else 0  # a new run may write at step 0, before it trains
         self._file: TextIO | None = None
         self._board: SummaryWriter | None = None
+        self._folder = folder
         if folder is None:
             return
         try:
@@ -112,18 +114,19 @@ class MetricLog:
         JSON has no NaN and no infinity: such a value becomes null, its name an entry of the list "nonfinite".
 
         Raises:
-            OSError: the disk is full.
+            InputError: the disk is full or away.
         """
         lost = [name for name, value in values.items() if not math.isfinite(value)]
         line: dict[str, Any] = {"step": step, **values, **dict.fromkeys(lost)}
         if lost:
             line["nonfinite"] = lost
-        if self._file is not None:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        with self._one_line_of_failure():
+            if self._file is not None:
+                self._file.write(json.dumps(line, allow_nan=False) + "\n")
+                self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, pixels: Tensor) -> None:
         """Show a picture, (3, height, width) uint8, in TensorBoard."""
@@ -131,11 +134,27 @@ class MetricLog:
             self._board.add_image(name, pixels, step)
 
     def close(self) -> None:
-        """Close both; TensorBoard's last points are on the disk after this."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Close both; TensorBoard's last points are on the disk after this. Quiet once writing failed."""
+        with self._one_line_of_failure():
+            if self._file is not None:
+                self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    @contextmanager
+    def _one_line_of_failure(self) -> Iterator[None]:
+        """Name the file, which the system's own words do not, and leave what a full disk did not take."""
+        try:
+            yield
+        except OSError as error:
+            file, self._file, self._board = self._file, None, None
+            with suppress(OSError):
+                if file is not None:
+                    file.close()  # tries to write the rest once more
+            raise InputError(
+                f"{self._folder}: metrics cannot be written ({error.strerror or error}); make room, then "
+                "start again"
+            ) from error
 
 
 def _drop_lines(path: Path, first: int) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from pretrain.sharded import local
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -39,11 +41,6 @@ class Staging:
         return memory
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def own_share(tensors: Tensors, rank: int, world_size: int) -> dict[str, Tensor]:
     """What a rank writes: its shards of distributed tensors, and about 1 / world_size of the plain ones.
 
@@ -59,7 +56,7 @@ def own_share(tensors: Tensors, rank: int, world_size: int) -> dict[str, Tensor]
 
 def _fits(memory: Tensor, tensor: Tensor) -> bool:
     """Whether a copy of the tensor can stand in memory that held another one of its name."""
-    if type(memory) is not type(tensor) and isinstance(memory, DTensor) != isinstance(tensor, DTensor):
+    if isinstance(memory, DTensor) != isinstance(tensor, DTensor):
         return False
     if isinstance(memory, DTensor) and isinstance(tensor, DTensor):
         placed = memory.device_mesh == tensor.device_mesh and memory.placements == tensor.placements

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.analysis.backbone import build_backbone, fingerprint
@@ -20,6 +19,7 @@ from pretrain.export.provenance import with_entry
 from pretrain.export.targets import check_free, write_weights
 from pretrain.export.weights import Weights
 from pretrain.run.durable import publish
+from pretrain.run.safetensors_file import write_safetensors
 from pretrain.sinder.diagnosis import Diagnosis, diagnose
 from pretrain.sinder.directions import LayerDirection
 from pretrain.sinder.held_out import HeldOut, Measure
@@ -165,7 +165,7 @@ class _Progress:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.cpu() for name, tensor in state.items()}
-            save_file(tensors, temporary, metadata={"repair": self.key})
+            write_safetensors(temporary, tensors, metadata={"repair": self.key})
             publish(temporary, self.path)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):

@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.cluster.history import begun
 from pretrain.cluster.job_folder import newest_job
+from tests.cluster.jobs import new_job
 from tests.slurm.runs import (
     ROOT,
     Shell,
@@ -147,3 +148,6 @@ def test_wrong_input_is_one_line(shards: Path, tmp_path: Path) -> None:
         assert printed.startswith(f"local.py: {line}") and printed.count("\n") == 1
     assert "no job was started here" in shell.run("jobs.py", "status", tmp_path, status=2)
     assert not (tmp_path / "run").exists()
+    new_job(tmp_path / "other")
+    printed = shell.run("jobs.py", "logs", tmp_path / "other", "--rank", "4", status=2)
+    assert printed == "jobs.py: command line: --rank 4: the job has ranks 0 to 3\n"

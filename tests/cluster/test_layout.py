@@ -50,6 +50,19 @@ def test_a_run_may_start_from_a_file_or_a_folder_that_is_there(tmp_path: Path) -
         check_run(missing)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_an_engine_for_several_processes_is_refused_before_one_is_sent(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    shards = [f"{key}=[{tmp_path}/a.tar]" for key in ("data.shards", "log.knn.train", "log.knn.test")]
+    settings = [*shards, f"run.dir={tmp_path}/run", f"engine.kind={kind}", "cluster.gpus_per_node=1"]
+    with pytest.raises(InputError, match=rf"^engine.kind={kind} trains in several processes, not in one;"):
+        check_run(load_config(ROOT / "configs/demo.yaml", settings))
+    two = load_config(
+        ROOT / "configs/demo.yaml", [*settings, "cluster.tasks_per_node=2", "data.group_size=64"]
+    )
+    assert check_run(two) == 0
+
+
 @pytest.mark.parametrize("name", ["a:b", "a\\b", "~/x", "a\nb", "a\x1bb"])
 def test_a_run_folder_that_a_job_would_read_otherwise(name: str, tmp_path: Path) -> None:
     (tmp_path / "a.tar").touch()
@@ -81,7 +94,8 @@ def test_what_fits_stays_and_what_cannot_fit_is_refused() -> None:
     cfg = load_config(ROOT / "configs/vitl_mlp.yaml", ["engine.kind=fsdp2", "engine.accumulation_steps=2"])
     assert fitted(cfg) == (cfg, [])
     with pytest.raises(
-        InputError, match="cannot be spread over 64 devices: 32 groups are for a divisor of 32"
+        InputError,
+        match="cannot be spread over 64 devices: the number of groups, 32, must be a multiple of 64",
     ):
         fitted(replace(cfg, cluster=replace(cfg.cluster, nodes=8)))
 

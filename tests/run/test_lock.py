@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -66,6 +67,23 @@ def test_a_lock_of_another_machine_counts_while_it_is_touched(tmp_path):
     thread.join()
     with RunLock(tmp_path, stale_seconds=0.3):
         pass
+
+
+def test_another_process_table_is_another_machine(tmp_path):
+    """Containers of one machine may share its name: a process of theirs must not be looked up here."""
+    with RunLock(tmp_path):
+        host = json.loads((tmp_path / "run.lock").read_text())["host"]
+    assert host.split() == [socket.gethostname(), str(Path("/proc/self/ns/pid").readlink())]
+
+
+def test_a_rival_that_has_just_come_is_named(tmp_path):
+    path, owner = tmp_path / "run.lock", {"host": "elsewhere pid:[1]", "pid": 1, "started": "1"}
+    path.touch()  # made, and not written yet
+    writer = threading.Timer(0.1, lambda: path.write_text(json.dumps(owner)))
+    writer.start()
+    with pytest.raises(InputError, match="process 1 on elsewhere is training"):
+        RunLock(tmp_path, stale_seconds=5).__enter__()
+    writer.join()
 
 
 def test_a_damaged_lock_is_taken_over(tmp_path):

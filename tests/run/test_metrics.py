@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,6 +83,30 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot be written .*; set run\.dir"):
         MetricLog(tmp_path / "file" / "run", False, 0)
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path: Path) -> None:
+    """In a process of its own, whose files may have ten bytes."""
+    script = """if True:
+        import resource, signal, sys
+        from pathlib import Path
+        from pretrain.command_line import exit_status
+        from pretrain.run.metrics import MetricLog
+
+        def write():
+            try:
+                log.write(1, {"loss/total": 1.0})
+            finally:
+                log.close()
+
+        log = MetricLog(Path(sys.argv[1]), False, 0)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        sys.exit(exit_status("pretrain", write))"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2
+    line = f"pretrain: {tmp_path}: metrics cannot be written (File too large); make room, then start again\n"
+    assert done.stderr == line
 
 
 def test_averages_are_means_since_the_last_reading() -> None:
