@@ -1,6 +1,7 @@
 """The command line of tools/sinder.py."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -8,13 +9,16 @@ import torch
 from pretrain.analysis.page import check_page
 from pretrain.analysis.scaling import add_scaling
 from pretrain.command_line import Parser
-from pretrain.errors import InputError
+from pretrain.errors import InputError, first_line
 from pretrain.sinder.registers_file import RegistersOrder
 from pretrain.sinder.repair import RepairSettings
 from pretrain.sinder.repair_file import RepairOrder
 
 DEFAULTS, METHOD, REGISTERS = RepairOrder(Path()), RepairSettings(), RegistersOrder(Path())
-COUNTS = ("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least")
+COUNTS = (
+    *("batch_size", "number", "window", "max_images", "check_every", "held_out", "limit_layers", "least"),
+    "size",
+)
 
 
 def parse(arguments: list[str], description: str) -> argparse.Namespace:
@@ -104,9 +108,29 @@ def _add_registers(verb: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is read."""
+    """Refuse what can be refused before anything is read.
+
+    Raises:
+        InputError: a number is out of its range, the device is none of this machine's, or the report exists.
+    """
     for name in COUNTS:
-        if getattr(options, name, 1) < 1:
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')}: must be at least 1")
+    if not 0 < getattr(options, "lr", METHOD.lr) < math.inf:
+        raise InputError(f"--lr: {options.lr:g} must be above 0")
+    if not 0 < getattr(options, "stop_share", METHOD.stop_share) <= 1:
+        raise InputError(f"--stop-share: {options.stop_share:g} must be above 0, and 1 at most")
+    for name in ("min_cls_cosine", "min_patch_cosine"):
+        if not -1 <= getattr(options, name, 0.0) <= 1:
+            raise InputError(f"--{name.replace('_', '-')}: a cosine is from -1 to 1")
+    _check_device(options.device)
     if options.report:
         check_page(options.report, options.force)
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a torch without CUDA
+        raise InputError(f"--device: {name} cannot be used here ({first_line(error)}); cpu can") from error
