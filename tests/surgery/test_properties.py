@@ -31,7 +31,7 @@ from tests.surgery.test_conversion import as_held
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 FORMATS = get_args(Target)
-few = settings(max_examples=10, deadline=None, derandomize=True)
+few = settings(max_examples=8, deadline=None, derandomize=True)
 
 
 @st.composite
