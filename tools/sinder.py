@@ -267,7 +267,13 @@ def _print_repair(path: Path, report: RepairReport) -> None:
     _print(shares_table(["before", "after"], [report.before, report.after]))
     cls, patches = report.after.drift
     print(f"cosine to the original: class token {cls:.4f}, clean patches {patches:.4f}")
-    print(f"{path}: {report.outcome} after {report.images} images; now {report.verdict_after}")
+    done = f"{report.outcome} after {report.images} images"
+    if report.written:
+        print(f"{path}: {done}; now {report.verdict_after}")
+        return
+    print(f"{done}, nothing written; still {report.verdict_after}")
+    if report.outcome == "nothing trained":
+        print("in no image did --least patches stand out by their angle, or gradients were not finite")
 
 
 def main() -> int:

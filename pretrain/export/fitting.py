@@ -31,7 +31,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Mismatch:
     """One way in which two model sections are not of the same backbone."""
 
     text: str  # key, here and there
@@ -115,24 +115,24 @@ def _difference(weights: Weights, model: ModelConfig) -> str:
     return f"holds another model: {texts}{more}; {fix}"
 
 
-def _differences(here: ModelConfig, there: ModelConfig) -> Iterator[Difference]:
+def _differences(here: ModelConfig, there: ModelConfig) -> Iterator[Mismatch]:
     """What makes other tensors, or another function of the same ones; the position grid does not count."""
     mine, theirs = vit_shape(here)._asdict(), vit_shape(there)._asdict()
     for key in mine:
         if mine[key] != theirs[key]:
-            yield Difference(_text(key, mine[key], theirs[key]), _shape_setting(key, here, there))
+            yield Mismatch(_text(key, mine[key], theirs[key]), _shape_setting(key, here, there))
     for key in ("patch_size", "in_channels", "num_register_tokens", "ffn_layer"):
         old, new = getattr(here, key), getattr(there, key)
         if old != new:
-            yield Difference(_text(key, old, new), f"model.{key}={new}", _verb(key, old, new))
+            yield Mismatch(_text(key, old, new), f"model.{key}={new}", _verb(key, old, new))
     alike = (here.ffn_layer, mine["embed_dim"]) == (there.ffn_layer, theirs["embed_dim"])
     if alike and ffn_hidden_dim(here) != ffn_hidden_dim(there):
         text = _text("ffn_ratio", f"{here.ffn_ratio:g}", f"{there.ffn_ratio:g}")
-        yield Difference(text, f"model.ffn_ratio={there.ffn_ratio:g}")
+        yield Mismatch(text, f"model.ffn_ratio={there.ffn_ratio:g}")
     if (here.layer_scale is None) != (there.layer_scale is None):
         value = "null" if there.layer_scale is None else "1.0"
         old, new = ("null", "not null") if here.layer_scale is None else (f"{here.layer_scale:g}", "null")
-        yield Difference(_text("layer_scale", old, new), f"model.layer_scale={value}")
+        yield Mismatch(_text("layer_scale", old, new), f"model.layer_scale={value}")
 
 
 def _shape_setting(key: str, here: ModelConfig, there: ModelConfig) -> str:
@@ -162,7 +162,7 @@ def _verb(key: str, here: int, there: int) -> str:
     return ""
 
 
-def _other_interpolation(weights: Weights, model: ModelConfig) -> Iterator[Difference]:
+def _other_interpolation(weights: Weights, model: ModelConfig) -> Iterator[Mismatch]:
     """How positions are interpolated belongs to the weights, where the file says it.
 
     Files of other programs do not. Allowed is then what the weights were trained with (known by the
@@ -177,7 +177,7 @@ def _other_interpolation(weights: Weights, model: ModelConfig) -> Iterator[Diffe
         return
     for key, old, new in zip(keys, _words(here), _words(allowed[0]), strict=True):
         if old != new:
-            yield Difference(_text(key, old, new), f"model.{key}={new}")
+            yield Mismatch(_text(key, old, new), f"model.{key}={new}")
 
 
 def _interpolation(model: ModelConfig) -> tuple[float, bool]:

@@ -62,7 +62,7 @@ def _open_folder(path: Path, prefix: str) -> Contents:
 def _own_checkpoint(path: Path, prefix: str) -> Contents:
     """With the model section of the run's config.yaml, and what run.json says of the origin."""
     require_complete(path)
-    config = path.resolve().parents[1] / "config.yaml"
+    config = path.resolve().parent.parent / "config.yaml"  # `parents[1]` fails right below the root
     facts = read_document(path / "run.json")
     description = json.loads(description_text(load_config(config).model, facts))
     tensors = read_sharded(path / "model", prefix)

@@ -49,7 +49,9 @@ def check_free(path: Path, target: Target, force: bool) -> None:
 
 def _check_replaceable(path: Path) -> None:
     ours = {CONFIG, WEIGHTS[0], "preprocessor_config.json"}
-    if not path.is_dir() or {file.name for file in path.iterdir()} - ours:
+    if not path.is_dir():
+        raise InputError(f"--out {path}: is a file, a folder is to be written; choose another name")
+    if {file.name for file in path.iterdir()} - ours:
         raise InputError(
             f"--out {path}: holds other things than a model; --force replaces model folders only"
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pretrain.analysis.outliers import NORM_THRESHOLD
+from pretrain.analysis.outliers import norm_limits
 from pretrain.models.vit import VisionTransformer
 from pretrain.sinder.detection import ALIGNED, ANGLE_THRESHOLD, MIN_PATCHES
 from pretrain.sinder.look import Look, look
@@ -40,12 +40,12 @@ class Original:
         Args:
             seen: of the original, along the directions that its weights predict.
         """
-        norms, cosines = seen.norms.flatten(2), seen.cosines.flatten(2)
-        middle = norms.median(dim=2, keepdim=True).values
-        spread = (norms - middle).abs().median(dim=2, keepdim=True).values.clamp(min=1e-12)
-        self.norm_limits = (middle + NORM_THRESHOLD * spread).unsqueeze(-1)  # (n, L, 1, 1)
-        angle = cosines.mean(dim=2, keepdim=True) + ANGLE_THRESHOLD * cosines.std(dim=2, keepdim=True)
-        self.angle_limits = angle.unsqueeze(-1) if norms.shape[2] >= MIN_PATCHES else torch.full((1,), 2.0)
+        size, cosines = seen.norms.shape[:2], seen.cosines.flatten(2)
+        self.norm_limits = norm_limits(seen.norms.flatten(0, 1)).unflatten(0, size)  # (n, L, 1, 1)
+        self.angle_limits = torch.full((1,), 2.0)  # above every cosine
+        if cosines.shape[2] >= MIN_PATCHES:
+            limits = cosines.mean(dim=2) + ANGLE_THRESHOLD * cosines.std(dim=2)
+            self.angle_limits = limits[..., None, None]  # (n, L, 1, 1)
         self.cls, self.patches = seen.cls, seen.patches
         self.clean = ~(self.by_both(seen).any(dim=1) | self.by_angle(seen)[:, -1])  # (n, h, w)
 

@@ -1,11 +1,13 @@
 """The command line of tools/sinder.py."""
 
 import argparse
+import math
 from pathlib import Path
 
 from pretrain.analysis.options import IMAGES, WEIGHTS, add_model_options, add_report_options, check_counts
 from pretrain.analysis.page import check_page
 from pretrain.command_line import Parser
+from pretrain.errors import InputError
 from pretrain.sinder.registers_file import RegistersOrder
 from pretrain.sinder.repair import RepairSettings
 from pretrain.sinder.repair_file import RepairOrder
@@ -97,7 +99,18 @@ def _add_registers(verb: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is read."""
+    """Refuse what can be refused before anything is read.
+
+    Raises:
+        InputError: a number is out of its range, or the report exists.
+    """
     check_counts(options, COUNTS)
+    if not 0 < getattr(options, "lr", METHOD.lr) < math.inf:
+        raise InputError(f"--lr: {options.lr:g} must be above 0")
+    if not 0 < getattr(options, "stop_share", METHOD.stop_share) <= 1:
+        raise InputError(f"--stop-share: {options.stop_share:g} must be above 0, and 1 at most")
+    for name in ("min_cls_cosine", "min_patch_cosine"):
+        if not -1 <= getattr(options, name, 0.0) <= 1:
+            raise InputError(f"--{name.replace('_', '-')}: a cosine is from -1 to 1")
     if options.report:
         check_page(options.report, options.force)

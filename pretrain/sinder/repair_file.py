@@ -25,7 +25,7 @@ from pretrain.sinder.directions import LayerDirection
 from pretrain.sinder.held_out import HeldOut, Measure
 from pretrain.sinder.repair import Repair, RepairSettings, Step, batches
 
-Outcome = Literal["nothing to repair", "repaired", "stopped by drift", "images used up"]
+Outcome = Literal["nothing to repair", "nothing trained", "repaired", "stopped by drift", "images used up"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def repair_file(
     order: RepairOrder,
     watch: Watch = lambda _step, _measure: None,
 ) -> RepairReport:
-    """Repair weights and write them in the form they had; nothing is written where nothing is wrong.
+    """Repair weights and write them in the form they had; nothing is written where no weight changed.
 
     A repair that was interrupted goes on from the file `OUT.progress`.
 
@@ -106,6 +106,9 @@ def repair_file(
     if any(layer.epsilon.any() for layer in repair.layers.values()):
         report = replace(report, written=True)
         _write(repair, weights, order, report)
+    elif outcome != "stopped by drift":  # whatever it says of the images, no weight changed
+        report = replace(report, outcome="nothing trained")
+    order.progress.unlink(missing_ok=True)
     return report
 
 
@@ -128,6 +131,10 @@ def _train(
             good = repair.state_dict()
             progress.save(good)
         watch(step, measure)
+    # images that are left out at the end reach `max_images` in no step, so in none of the checks above
+    if repair.images > checked and _drifted(held.measure(repair.backbone), order):
+        repair.load_state_dict(good)
+        return "stopped by drift"
     return "repaired" if repair.clean_share >= repair.settings.stop_share else "images used up"
 
 
@@ -198,4 +205,3 @@ def _write(repair: Repair, weights: Weights, order: RepairOrder, report: RepairR
     form = weights.form
     repaired = repair.repaired(weights.state)
     write_weights(order.out, form.target, repaired, weights.model, about, form.chunks, form.split_swiglu)
-    order.progress.unlink(missing_ok=True)

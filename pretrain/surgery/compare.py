@@ -7,7 +7,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from pretrain.config.derived import position_grid, vit_shape
+from pretrain.config.derived import ffn_hidden_dim, position_grid, vit_shape
 from pretrain.config.schema import ModelConfig
 from pretrain.models.vit import VisionTransformer
 from pretrain.seeding import torch_stream
@@ -34,12 +34,17 @@ class TensorDifference:
 
 
 def model_differences(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """What the two model sections say differently about the weights, as lines."""
+    """What the two model sections say differently about the weights, as lines.
+
+    Sizes count, not the settings that they follow from: several ratios give one width of the feed-forward
+    layer, and weights alone tell the width.
+    """
 
     def facts(model: ModelConfig) -> dict[str, object]:
         named = {key: value for key, value in asdict(model).items() if key not in RUN_ONLY}
         grid = position_grid(model)
         named |= vit_shape(model)._asdict() | {"arch": "", "img_size": 0, "img_width": 0, "positions": grid}
+        named |= {"ffn_ratio": 0, "ffn_hidden_dim": ffn_hidden_dim(model)}
         return named | {"layer_scale": model.layer_scale is not None}
 
     mine, theirs = facts(a), facts(b)

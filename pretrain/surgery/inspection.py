@@ -57,8 +57,8 @@ def inspect_tensor(name: str, tensor: Tensor, spectral: bool = True) -> TensorFa
 
 
 def spectral_norm(matrix: Tensor) -> float:
-    """The largest singular value of a matrix, by Lanczos iteration; relative error below 1e-4."""
-    scale = float(matrix.abs().max())
+    """The largest singular value of a matrix, by Lanczos iteration; relative error below 1e-4; 0 if empty."""
+    scale = float(matrix.abs().max()) if matrix.numel() else 0.0
     if scale == 0:
         return 0.0
     matrix = matrix / scale  # so that no square overflows

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pretrain.analysis.images import ImageSet
 from pretrain.export import read_export, write_export
 from pretrain.export.transform import Order, convert
 from pretrain.export.weights import read_weights
@@ -148,6 +149,30 @@ def test_drift_stops_a_repair_at_the_last_good_state(defective, photos, sinder, 
         assert report["after"]["cls_cosine"] >= 0.98 and report["after"]["patch_cosine"] >= 0.98
 
 
+def test_a_repair_that_finds_nothing_to_train_says_so_and_leaves_no_file(defective, photos, sinder, tmp_path):
+    out = tmp_path / "out.safetensors"
+    command = ("repair", defective["mlp"][0], "--images", photos, "--out", out, "--least", 1000)
+    done = sinder(*command, "--window", 16, "--max-images", 16, "--check-every", 8)
+    assert done.status == 0 and f"{out}" not in done.out
+    assert "nothing trained after 16 images, nothing written; still defective" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drift_is_seen_where_the_last_images_are_damaged(defective, photos, sinder, tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "out.safetensors"
+    folder.mkdir()
+    for source in sorted(Path(photos).iterdir())[:28]:
+        (folder / source.name).write_bytes(source.read_bytes())
+    order = ImageSet(str(folder), 128).shuffled(0)
+    names = sorted(path.name for path in folder.iterdir())
+    for last in range(4, 8):
+        (folder / names[order(last)]).write_bytes(b"\x89PNG broken")
+    command = ("repair", defective["mlp"][0], "--images", folder, "--out", out, "--lr", 0.5, "--least", 1)
+    done = sinder(*command, "--batch-size", 4, "--max-images", 8, "--held-out", 8)
+    assert done.status == 0 and "stopped by drift after 0 images, nothing written" in done.out
+    assert not out.exists()
+
+
 def test_wrong_input_is_one_line(defective, photos, sinder, tmp_path):
     path, _ = defective["mlp"]
     out, few = tmp_path / "out.safetensors", tmp_path / "few"
@@ -163,6 +188,12 @@ def test_wrong_input_is_one_line(defective, photos, sinder, tmp_path):
         (("diagnose", tmp_path / "resnet.pth"), "a web page, not weights"),
         ((*repair, photos, "--size", 100), "--size: 100 px is not a multiple of the patch size 8"),
         ((*repair, photos, "--limit-layers", 0), "--limit-layers: must be at least 1"),
+        ((*repair, photos, "--size", 0), "--size: must be at least 1"),
+        ((*repair, photos, "--lr", -1), "--lr: -1 must be above 0"),
+        ((*repair, photos, "--lr", "nan"), "--lr: nan must be above 0"),
+        ((*repair, photos, "--stop-share", 0), "--stop-share: 0 must be above 0, and 1 at most"),
+        ((*repair, photos, "--min-cls-cosine", "nan"), "--min-cls-cosine: a cosine is from -1 to 1"),
+        (("diagnose", path, "--device", "gpu"), "--device: gpu cannot be used here ("),
         (("repair", path, "--out", path, "--images", photos), "exists; choose another name"),
         (("repair", path, "--out", out), "the following arguments are required: --images"),
     ):

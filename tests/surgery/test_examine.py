@@ -34,6 +34,20 @@ def test_equal_weights_do_not_differ(pair, surgery):
     assert done.status == 0 and "0 of 35 tensors differ; features by 0.00e+00" in done.out
 
 
+def test_ratios_of_one_width_are_one_architecture(tmp_path):
+    """Weights alone tell the width of the feed-forward layer; 8/3 and 341/128 both give 341."""
+    model = replace(REGISTERS, ffn_ratio=8 / 3)
+    state = random_state(model)
+    described = read_weights(write_export(tmp_path / "a.safetensors", state, model, {}))
+    torch.save(state, tmp_path / "b.pth")
+    inferred = read_weights(tmp_path / "b.pth")
+    assert inferred.model.ffn_ratio != model.ffn_ratio
+    assert not diff(described, inferred).beyond(0.0)
+    other = replace(model, ffn_ratio=2.0)
+    narrower = read_weights(write_export(tmp_path / "c.safetensors", random_state(other), other, {}))
+    assert diff(described, narrower).architecture == ["ffn_hidden_dim: 341 and 256"]
+
+
 def test_differences_are_measured_where_they_are(pair, surgery):
     def change(state):
         state["blocks.1.mlp.fc2.weight"].mul_(1.01)
@@ -122,7 +136,7 @@ def test_norms_are_those_of_linear_algebra():
         if facts.spectral is not None:
             exact = torch.linalg.matrix_norm(tensor.double().flatten(1), ord=2).item()
             assert facts.spectral == pytest.approx(exact, rel=1e-3)
-    assert spectral_norm(torch.zeros(4, 5)) == 0.0
+    assert spectral_norm(torch.zeros(4, 5)) == 0.0 == spectral_norm(torch.zeros(0, 5))
     assert spectral_norm(torch.tensor([[3.0, 4.0]])) == pytest.approx(5.0)
 
 
