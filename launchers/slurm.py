@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pretrain.cluster import submit
 from pretrain.cluster.checks import check_run, check_with_slurm
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if options.dry_run else _send(cfg, options.cluster)
 
 
-def _send(cfg: Config, cluster: str) -> int:
+def _send(cfg: Config, cluster: Literal["slurm", "local", "debug"]) -> int:
     """Start the job and say where to look."""
     if cluster == "slurm":
         sent = submit.submit(cfg, Task)

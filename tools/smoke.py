@@ -225,9 +225,10 @@ def installed() -> dict[str, str]:
 
 def record(curves: Mapping[str, Curves]) -> None:
     """Write curves into the record, one line a term; those of other recipes stay, of removed ones go."""
-    kept = json.loads(RECORDED.read_text())["curves"] if RECORDED.exists() else {}
-    merged = {name: (kept | curves)[name] for name in recipes() if name in kept | curves}
-    rows = [f'    "{name}": {{\n{_rows(found)}\n    }}' for name, found in merged.items()]
+    before = json.loads(RECORDED.read_text())["curves"] if RECORDED.exists() else {}
+    found: dict[str, Curves] = {**before, **curves}
+    merged = {name: found[name] for name in recipes() if name in found}
+    rows = [f'    "{name}": {{\n{_rows(terms)}\n    }}' for name, terms in merged.items()]
     body = ",\n".join(rows)
     write_text(RECORDED, f'{{\n  "versions": {json.dumps(installed())},\n  "curves": {{\n{body}\n  }}\n}}\n')
 

@@ -75,6 +75,8 @@ def targets(options: argparse.Namespace) -> tuple[Path | None, Path | None]:
     """The sheet and the page that are asked for, checked before anything is read."""
     check_counts(options, ("number", "size", "heads", "batch_size"))
     out: Path = options.out
+    sheet: Path | None
+    page: Path | None
     match out.suffix:
         case ".png":
             sheet, page = out, None

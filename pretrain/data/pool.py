@@ -215,4 +215,6 @@ def _kill(process: ForkServerProcess, number: int) -> None:
 
 def _status(code: int) -> str:
     """How a process ended, in brackets."""
+    if code == -signal.SIGKILL:
+        return " (SIGKILL: for want of memory?)"  # with which the kernel ends what goes beyond a limit
     return f" ({signal.Signals(-code).name})" if code < 0 else f" (exit status {code})"

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pretrain.analysis.backbone import build_backbone, fingerprint
+from pretrain.analysis.backbone import build_backbone, model_fingerprint
 from pretrain.analysis.images import ImageSet
 from pretrain.errors import InputError, first_line
 from pretrain.export.own import map_safetensors
@@ -149,7 +149,7 @@ class _Progress:
 
     def __init__(self, path: Path, weights: Weights, settings: RepairSettings) -> None:
         self.path = path
-        self.key = json.dumps({"settings": asdict(settings), "weights": fingerprint(weights.state)})
+        self.key = json.dumps({"settings": asdict(settings), "weights": model_fingerprint(weights)})
 
     def load(self, repair: Repair) -> None:
         """Go on with it, if there is one.

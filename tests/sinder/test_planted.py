@@ -193,7 +193,10 @@ def test_wrong_input_is_one_line(defective, photos, sinder, tmp_path):
         ((*repair, photos, "--lr", "nan"), "--lr: nan must be above 0"),
         ((*repair, photos, "--stop-share", 0), "--stop-share: 0 must be above 0, and 1 at most"),
         ((*repair, photos, "--min-cls-cosine", "nan"), "--min-cls-cosine: a cosine is from -1 to 1"),
-        (("diagnose", path, "--device", "gpu"), "--device: gpu cannot be used here ("),
+        (
+            ("diagnose", path, "--device", "gpu"),
+            "--device: gpu: this machine, or its torch, has no such device",
+        ),
         (("repair", path, "--out", path, "--images", photos), "exists; choose another name"),
         (("repair", path, "--out", out), "the following arguments are required: --images"),
     ):
