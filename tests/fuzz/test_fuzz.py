@@ -1,4 +1,4 @@
-"""A fixed number of damaged inputs, always the same ones; `make fuzz` goes on with others."""
+"""A minute of damaged inputs, always the same ones; `make fuzz` goes on with others."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ from tests.fuzz.cases import REFUSED, WORKED, outcome, write_case
 from tests.fuzz.subjects import SUBJECTS
 
 CASES = {
-    **{"config": 28, "weights": 60, "checkpoints": 25, "shards": 200},
-    **{"images": 350, "dicom": 50, "nifti": 40, "parquet": 60},
+    **{"config": 250, "weights": 500, "checkpoints": 200, "shards": 1_800},
+    **{"images": 3_500, "dicom": 450, "nifti": 350, "parquet": 500},
 }
 REPEATABLE = ("checkpoints", "shards", "dicom", "nifti", "parquet")  # their examples are made quickly
 
