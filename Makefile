@@ -27,7 +27,8 @@ smoke: setup
 	$(BIN)/python tools/smoke.py
 
 test: setup lint types
-	$(BIN)/python -m pytest -m "not gpu and not drill" --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "dist and not gpu and not drill"
+	$(BIN)/python -m pytest -m "not dist and not gpu and not drill" --numprocesses 2 --dist loadfile
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

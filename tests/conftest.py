@@ -12,18 +12,6 @@ from tests.engines.layout_runs import LAYOUTS, ZERO3, train, write_config
 NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, one of them takes all tests that start several processes, one after another.
-
-    They come first: the others are spread over whoever is free.
-    """
-    items.sort(key=lambda item: item.get_closest_marker("dist") is None)
-    for item in items:
-        if item.get_closest_marker("dist"):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-
-
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits as train-*.tar and test-*.tar; not to be changed."""
