@@ -22,6 +22,7 @@ import simplejpeg
 from rich.console import Console
 from rich.progress import track
 
+from pretrain.data.fork_server import start_fork_server
 from pretrain.data.formats import stored_size
 from pretrain.data.index import (
     HEADER,
@@ -97,7 +98,8 @@ def in_processes(build: Callable[[Path], int], shards: Sequence[Path]) -> Iterat
     if processes < 2:
         yield from map(build, shards)
         return
-    pool = ProcessPoolExecutor(processes, get_context("forkserver"), _ignore_interrupts)
+    start_fork_server()
+    pool = ProcessPoolExecutor(processes, get_context("forkserver"), _listen_to_the_pool)
     try:
         yield from pool.map(build, shards)
     except BrokenProcessPool as error:
@@ -114,9 +116,10 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C is for the process that waits for the results."""
+def _listen_to_the_pool() -> None:
+    """Ctrl-C is for the process that waits for the results, SIGTERM is how a broken pool ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _with_progress(built: Iterable[int], shards: Sequence[Path]) -> Iterable[int]:

@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import Protocol
 
+from pretrain.data.fork_server import start_fork_server
 from pretrain.data.group import GroupMaker
 from pretrain.data.slots import LocalSlots, SharedSlots, nameless_file
 from pretrain.data.workers import Done, Task, make, work
@@ -72,6 +73,7 @@ class _Worker:
         self.trace = nameless_file()
         context = multiprocessing.get_context("forkserver")  # a fork would copy locks and CUDA state
         context.set_forkserver_preload(PRELOADED)
+        start_fork_server()
         self.connection, theirs = context.Pipe()
         self.process: ForkServerProcess = context.Process(
             target=work,

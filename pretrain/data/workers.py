@@ -86,8 +86,9 @@ def _start_worker() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its traceback is kept; its memory would fill the disk
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform != "darwin":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the thread below waits for it instead
+    # blocked, as the fork server has it: the thread below waits for it instead
+    how = signal.SIG_UNBLOCK if sys.platform == "darwin" else signal.SIG_BLOCK
+    signal.pthread_sigmask(how, {signal.SIGTERM})
     threading.Thread(target=_watch_parent, daemon=True).start()
 
 

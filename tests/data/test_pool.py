@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from pretrain.config.schema import Config
+from pretrain.data.fork_server import JOB_SIGNALS
 from pretrain.data.group import GroupMaker, GroupReport
 from pretrain.data.loader import TrainLoader
 from pretrain.data.pool import WorkerPool, _Worker
 from pretrain.data.slots import GroupArrays, SharedSlots, SlotLayout
 from pretrain.data.workers import Done, Task
 from pretrain.errors import InputError, TrainingError
+from pretrain.processes import children, started
 from tests.data.conftest import GLOBAL_BATCH, GROUP
 
 MakeConfig = Callable[..., Config]
@@ -150,6 +152,28 @@ def test_a_killed_worker_does_not_stop_the_loader(make_config: MakeConfig) -> No
         assert torch.equal(batch.global_crops, reference[step])
         if step == 1:
             kill_a_child()
+
+
+def test_a_jobs_signals_do_not_end_the_fork_server(make_config: MakeConfig) -> None:
+    """Neither while it loads nor later: the next worker could not be started."""
+    with pool_of(Trapped(make_config(), "none"), workers=1) as (pool, _):
+        servers = [pid for pid in children(os.getpid()) if is_fork_server(pid)]
+        blocked = {number for pid in servers for number in blocked_signals(pid)}
+        assert len(servers) == 1 and blocked >= JOB_SIGNALS
+        for number in JOB_SIGNALS:
+            os.kill(servers[0], number)
+        make_all(pool)
+        assert started(servers[0])
+
+
+def is_fork_server(pid: int) -> bool:
+    return b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def blocked_signals(pid: int) -> set[int]:
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(status.partition("SigBlk:")[2].split()[0], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
 
 
 def kill_a_child() -> None:
