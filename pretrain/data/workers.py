@@ -21,12 +21,13 @@ from typing import NamedTuple
 import cv2
 import torch
 
+from pretrain.data.fork_server import JOB_SIGNALS
 from pretrain.data.group import GroupMaker, GroupReport
 from pretrain.data.slots import LocalSlots, SharedFile, SharedSlots
 from pretrain.errors import InputError, TrainingError
 from pretrain.redaction import without_secrets
 
-IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+IGNORED = JOB_SIGNALS - {signal.SIGTERM}
 POLL_SECONDS = 1.0
 
 

@@ -109,7 +109,7 @@ def damage_metadata(random: Random, content: bytes) -> bytes:
     """One to three values of DCP's description of a folder, pickled again."""
     try:
         metadata = pickle.loads(content)  # of an example, which is ours
-    except Exception:
+    except Exception:  # other damage came first: there is no description left to change
         return content
     for _ in range(random.choice((1, 1, 2, 3))):
         random.choice((_damage_entry, _damage_entry, _damage_place, _damage_whole))(random, metadata)
