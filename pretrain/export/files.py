@@ -6,7 +6,6 @@ A pickle is read by torch's restricted unpickler alone: one that wants to run co
 import argparse
 import json
 import pickle
-import re
 import struct
 import warnings
 import zipfile
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from pretrain.errors import InputError, first_line
 from pretrain.export.own import ENTRY, FORMAT, map_safetensors, parse_description, what_it_is
+from pretrain.run.refused_pickle import wanted_global
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before torch 1.6
@@ -102,14 +102,12 @@ def _refuse_bomb(path: Path) -> None:
 
 
 def _why(error: Exception) -> str:
-    wanted = re.search(
-        r"(?:GLOBAL|Unsupported global:|Unsupported class) ?(?:GLOBAL )?([\w.]+\.\w+)", str(error)
-    )
-    if wanted and wanted[1].startswith(("torch.distributed", "torch.nn")):
-        return f"holds {wanted[1]} objects instead of tensors; save a state dict of whole tensors"
+    wanted = wanted_global(error)
+    if wanted and wanted.startswith(("torch.distributed", "torch.nn")):
+        return f"holds {wanted} objects instead of tensors; save a state dict of whole tensors"
     if wanted:
         return (
-            f"a pickle that wants to run {wanted[1]}: refused. If you trust it, save its tensors alone "
+            f"a pickle that wants to run {wanted}: refused. If you trust it, save its tensors alone "
             "where it was made"
         )
     if isinstance(error, pickle.UnpicklingError):

@@ -1,6 +1,5 @@
 """Whether DeepSpeed's files hold nothing but what it writes: DeepSpeed itself runs what a pickle says."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from pretrain.errors import InputError, first_line
+from pretrain.run.refused_pickle import wanted_global
 
 # what DeepSpeed writes beside tensors, none of which does anything when it is made
 HARMLESS = (
@@ -34,8 +34,8 @@ def _check(path: Path) -> None:
     try:
         torch.load(path, map_location="meta", weights_only=True, mmap=True)
     except Exception as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"a pickle that wants to run {wanted[1]}" if wanted else first_line(error)
+        wanted = wanted_global(error)
+        reason = f"a pickle that wants to run {wanted}" if wanted else first_line(error)
         raise InputError(f"{path.resolve()}: {reason}; refused") from error
 
 
